@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstring>
+#include <fstream>
+#include <new>
+#include <string>
+#include <string_view>
+
+#include "sida/backend/backend.hpp"
+#include "sida/core/error.hpp"
+
+namespace sida {
+
+/// Fast memory is RAM. Copies are done when `copy_async` returns, so streams and events are empty.
+/// Stateless and thread-safe.
+class CpuBackend {
+ public:
+  struct Stream {};
+  struct Event {};
+
+  static constexpr std::string_view name() noexcept { return "cpu"; }
+
+  /// Memory aligned to 4096 bytes, not touched, so that it becomes resident only as it is used.
+  /// @throws OutOfMemory.
+  void* allocate(std::size_t bytes) {
+    void* data = ::operator new(bytes, alignment, std::nothrow);
+    if (!data) throw OutOfMemory("cpu: could not allocate " + std::to_string(bytes) + " bytes");
+    return data;
+  }
+  void deallocate(void* data, std::size_t) noexcept { ::operator delete(data, alignment); }
+
+  Stream make_stream() noexcept { return {}; }
+  Event make_event() noexcept { return {}; }
+  void copy_async(void* to, const void* from, std::size_t bytes, Stream&) noexcept {
+    std::memcpy(to, from, bytes);
+  }
+  void record(Event&, Stream&) noexcept {}
+  void wait(Stream&, Event&) noexcept {}
+  void synchronize(Event&) noexcept {}
+
+  /// RAM that can be had without swapping (MemAvailable), in bytes.
+  std::size_t available_bytes() const {
+    std::ifstream file("/proc/meminfo");
+    for (std::string key; file >> key;) {
+      std::size_t kibibytes = 0;
+      if (key == "MemAvailable:" && file >> kibibytes) return kibibytes * 1024;
+    }
+    return static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)) *
+           static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{4096};
+};
+
+static_assert(Backend<CpuBackend>);
+
+}  // namespace sida

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "sida/core/data_type.hpp"
+#include "sida/core/error.hpp"
+
+namespace sida {
+
+/// What stands between the two matrices of an expert. `gelu` is the exact one (erf), `gelu_tanh`
+/// its tanh approximation.
+enum class Activation : std::uint8_t { relu, gelu, gelu_tanh, silu };
+
+constexpr std::string_view name_of(Activation activation) noexcept {
+  switch (activation) {
+    case Activation::relu:
+      return "relu";
+    case Activation::gelu:
+      return "gelu";
+    case Activation::gelu_tanh:
+      return "gelu_tanh";
+    case Activation::silu:
+      return "silu";
+  }
+  return "?";
+}
+
+/// The inverse of name_of. @throws InvalidArgument for any other name.
+inline Activation parse_activation(std::string_view name) {
+  for (const Activation activation :
+       {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+    if (name_of(activation) == name) return activation;
+  }
+  throw InvalidArgument("expected an activation among relu, gelu, gelu_tanh, silu; got '" +
+                        std::string(name) + "'");
+}
+
+/// The shape that all experts of a model share. An expert computes
+/// `down · act(up · x + up_bias) + down_bias`, or with `gated`
+/// `down · (act(gate · x) ⊙ (up · x)) + down_bias`.
+struct MoeConfig {
+  std::int32_t layers = 0;             ///< MoE layers, counted over encoder and decoder
+  std::int32_t experts = 0;            ///< experts in each MoE layer
+  std::int32_t hidden_size = 0;        ///< H
+  std::int32_t intermediate_size = 0;  ///< I
+  std::int32_t top_k = 1;              ///< experts a token is routed to
+  Activation activation = Activation::relu;
+  bool gated = false;
+  bool up_bias = false;
+  bool down_bias = false;
+  DataType dtype = DataType::f32;  ///< of the weights and of the hidden states
+
+  std::int64_t total_experts() const noexcept { return std::int64_t{layers} * experts; }
+
+  friend bool operator==(const MoeConfig&, const MoeConfig&) = default;
+};
+
+/// @throws InvalidArgument naming the first field that cannot be right.
+inline void validate(const MoeConfig& config) {
+  const auto positive = [](std::int64_t value, const char* name) {
+    SIDA_EXPECTS(value > 0, std::string("MoeConfig: expected ") + name + " > 0, got " +
+                                std::to_string(value));
+  };
+  positive(config.layers, "layers");
+  positive(config.experts, "experts");
+  positive(config.hidden_size, "hidden_size");
+  positive(config.intermediate_size, "intermediate_size");
+  positive(config.top_k, "top_k");
+  SIDA_EXPECTS(config.top_k <= config.experts,
+               "MoeConfig: expected top_k <= experts (" + std::to_string(config.experts) +
+                   "), got " + std::to_string(config.top_k));
+  SIDA_EXPECTS(config.dtype == DataType::f32 || config.dtype == DataType::f16 ||
+                   config.dtype == DataType::bf16 || config.dtype == DataType::f64,
+               "MoeConfig: expected dtype f32, f16 or bf16, got " +
+                   std::string(name_of(config.dtype)));
+}
+
+}  // namespace sida
