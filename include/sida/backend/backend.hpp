@@ -13,6 +13,7 @@ namespace sida {
 /// `allocate` throws OutOfMemory and returns memory aligned to at least 128 bytes. `copy_async`
 /// returns at once where it can; the bytes are there when an event recorded behind it on the same
 /// stream is complete.
+// clang-format off
 template <class B>
 concept Backend = requires(B& backend, const B& constant, void* to, const void* from,
                            std::size_t bytes, typename B::Stream& stream,
@@ -28,5 +29,6 @@ concept Backend = requires(B& backend, const B& constant, void* to, const void* 
   backend.synchronize(event);
   { constant.available_bytes() } -> std::same_as<std::size_t>;
 };
+// clang-format on
 
 }  // namespace sida

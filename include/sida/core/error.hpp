@@ -8,7 +8,8 @@
 
 namespace sida {
 
-/// The caller passed something that cannot be right: a shape, a dtype, a budget. Python: ValueError.
+/// The caller passed something that cannot be right: a shape, a dtype, a budget. Python:
+/// ValueError.
 class InvalidArgument : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;

@@ -18,6 +18,7 @@ struct ExpertId {
 
 }  // namespace sida
 
+/// @cond
 template <>
 struct std::hash<sida::ExpertId> {
   std::size_t operator()(const sida::ExpertId& id) const noexcept {
@@ -25,3 +26,4 @@ struct std::hash<sida::ExpertId> {
     return std::hash<std::uint64_t>{}(layer << 32 | static_cast<std::uint32_t>(id.expert));
   }
 };
+/// @endcond

@@ -61,21 +61,21 @@ struct MoeConfig {
 /// @throws InvalidArgument naming the first field that cannot be right.
 inline void validate(const MoeConfig& config) {
   const auto positive = [](std::int64_t value, const char* name) {
-    SIDA_EXPECTS(value > 0, std::string("MoeConfig: expected ") + name + " > 0, got " +
-                                std::to_string(value));
+    SIDA_EXPECTS(value > 0,
+                 std::string("MoeConfig: expected ") + name + " > 0, got " + std::to_string(value));
   };
   positive(config.layers, "layers");
   positive(config.experts, "experts");
   positive(config.hidden_size, "hidden_size");
   positive(config.intermediate_size, "intermediate_size");
   positive(config.top_k, "top_k");
-  SIDA_EXPECTS(config.top_k <= config.experts,
-               "MoeConfig: expected top_k <= experts (" + std::to_string(config.experts) +
-                   "), got " + std::to_string(config.top_k));
-  SIDA_EXPECTS(config.dtype == DataType::f32 || config.dtype == DataType::f16 ||
-                   config.dtype == DataType::bf16 || config.dtype == DataType::f64,
-               "MoeConfig: expected dtype f32, f16 or bf16, got " +
-                   std::string(name_of(config.dtype)));
+  SIDA_EXPECTS(config.top_k <= config.experts, "MoeConfig: expected top_k <= experts (" +
+                                                   std::to_string(config.experts) + "), got " +
+                                                   std::to_string(config.top_k));
+  SIDA_EXPECTS(
+      config.dtype == DataType::f32 || config.dtype == DataType::f16 ||
+          config.dtype == DataType::bf16 || config.dtype == DataType::f64,
+      "MoeConfig: expected dtype f32, f16 or bf16, got " + std::string(name_of(config.dtype)));
 }
 
 }  // namespace sida
