@@ -8,8 +8,8 @@
 namespace sida {
 
 /// Where the parts of one expert lie in its slab: `[gate; up | down | up_bias | down_bias]`, each
-/// part row-major with the contracted dimension contiguous (as torch.nn.Linear stores it), each part
-/// beginning at a multiple of `alignment`.
+/// part row-major with the contracted dimension contiguous (as torch.nn.Linear stores it), each
+/// part beginning at a multiple of `alignment`.
 ///
 /// up: [I, H], or with `gated` [2I, H] with the gate's rows first. down: [H, I].
 struct SlabLayout {
