@@ -40,7 +40,13 @@ class RawSafetensors {
     data_ += bytes;
     return *this;
   }
-  std::string bytes() const { return raw_safetensors("{" + entries_ + "}", data_); }
+  /// The file, with `metadata` (the inside of a JSON object) if there is any.
+  std::string bytes(std::string_view metadata = "") const {
+    std::string header =
+        metadata.empty() ? "" : R"("__metadata__":{)" + std::string(metadata) + "}";
+    if (!header.empty() && !entries_.empty()) header += ",";
+    return raw_safetensors("{" + header + entries_ + "}", data_);
+  }
 
  private:
   std::string entries_, data_;

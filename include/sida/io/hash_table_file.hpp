@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sida/core/error.hpp"
+#include "sida/hash/hash_table.hpp"
+#include "sida/io/safetensors.hpp"
+#include "sida/io/safetensors_writer.hpp"
+#include "sida/io/sida_file.hpp"
+
+namespace sida {
+
+/// Writes `table` to a file of format "sida-hash-table", whole or not at all: keys I64 [batches]
+/// (the bits of the u64), offsets I64 [batches + 1], ids I32, probs F32 and scale F32
+/// [layers, tokens, candidates].
+/// @throws InvalidArgument if the arrays do not fit each other, IoError when writing fails.
+inline void save_hash_table(const std::filesystem::path& path, const HashTable& table) {
+  const auto bytes = [](const auto& values) { return std::as_bytes(std::span(values)); };
+  const std::vector<std::int64_t> shape{table.layers, table.tokens(), table.candidates};
+  write_safetensors(path,
+                    {{"keys", DataType::i64, {table.batches()}, bytes(table.keys)},
+                     {"offsets", DataType::i64, {table.batches() + 1}, bytes(table.offsets)},
+                     {"ids", DataType::i32, shape, bytes(table.ids)},
+                     {"probs", DataType::f32, shape, bytes(table.probs)},
+                     {"scale", DataType::f32, shape, bytes(table.scale)}},
+                    {{"format", "sida-hash-table"},
+                     {"version", "1"},
+                     {"layers", std::to_string(table.layers)},
+                     {"candidates", std::to_string(table.candidates)}});
+}
+
+/// The hash table in a file that save_hash_table wrote. @throws IoError.
+inline HashTable load_hash_table(const std::filesystem::path& path) {
+  const SafetensorsFile file = SafetensorsFile::open(path);
+  expect_format(file, "sida-hash-table");
+  HashTable table;
+  table.layers = metadata_number<std::int32_t>(file, "layers", 0);
+  table.candidates = metadata_number<std::int32_t>(file, "candidates", 0);
+  for (const std::int64_t key : read_values<std::int64_t>(file, "keys"))
+    table.keys.push_back(std::bit_cast<std::uint64_t>(key));
+  table.offsets = read_values<std::int64_t>(file, "offsets");
+  if (table.offsets.size() != table.keys.size() + 1 || table.offsets.front() != 0 ||
+      !std::is_sorted(table.offsets.begin(), table.offsets.end()))
+    throw IoError(path.string() + ": expected " + std::to_string(table.keys.size() + 1) +
+                  " rising offsets that begin with 0");
+  table.ids = read_values<std::int32_t>(file, "ids");
+  table.probs = read_values<float>(file, "probs");
+  table.scale = read_values<float>(file, "scale");
+  const std::vector<std::int64_t> shape{table.layers, table.tokens(), table.candidates};
+  for (const char* name : {"ids", "probs", "scale"}) {
+    if (file.tensor(name).shape != shape)
+      throw IoError(path.string() + ": expected '" + name + "' to be " +
+                    ConstTensorView{nullptr, DataType::f32, shape}.describe() +
+                    ", got another shape");
+  }
+  return table;
+}
+
+}  // namespace sida
