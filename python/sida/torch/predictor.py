@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sida.torch.architectures import Network, make_network
@@ -137,7 +137,7 @@ class Predictor:
         target = Path(path)
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            save_file(tensors, partial, self.metadata())
+            partial.write_bytes(save(tensors, self.metadata()))
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

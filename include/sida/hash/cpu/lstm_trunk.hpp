@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "sida/hash/cpu/predictor_trunk.hpp"
+#include "sida/hash/cpu/sparse_attention.hpp"
+
+namespace sida::detail {
+
+/// One LSTM layer, PyTorch's gate order (input, forget, cell, output).
+class LstmLayer {
+ public:
+  LstmLayer(TensorReader& tensors, const std::string& suffix, std::int64_t size)
+      : input_{tensors.matrix("lstm.weight_ih" + suffix, 4 * size, size),
+               tensors.row("lstm.bias_ih" + suffix, 4 * size)},
+        recurrent_(tensors.matrix("lstm.weight_hh" + suffix, 4 * size, size)),
+        recurrent_bias_(tensors.row("lstm.bias_hh" + suffix, 4 * size)) {}
+
+  /// Outputs [rows, H] for inputs [rows, H]. All that does not depend on the step before is one
+  /// product over all rows; what does is one product a step, over the sentences still running.
+  Matrix operator()(const Matrix& inputs, const Sentences& sentences) const {
+    const Eigen::Index size = inputs.cols();
+    Matrix gates = input_(inputs);
+    gates.rowwise() += recurrent_bias_;
+    const std::vector<std::size_t> order = longest_first(sentences);
+    const auto count = static_cast<Eigen::Index>(order.size());
+    Matrix outputs(inputs.rows(), size);
+    Matrix hidden = Matrix::Zero(count, size);
+    Matrix cell = Matrix::Zero(count, size);
+    Matrix step(count, 4 * size);
+    Eigen::Index running = count;
+    for (Eigen::Index t = 0;; ++t) {
+      while (running > 0 && sentences.length(order[static_cast<std::size_t>(running - 1)]) <= t)
+        --running;
+      if (running == 0) break;
+      recur(hidden, running, step);
+      for (Eigen::Index s = 0; s < running; ++s) {
+        const Eigen::Index row = sentences.begin(order[static_cast<std::size_t>(s)]) + t;
+        gates.row(row) += step.row(s);
+        const auto part = [&](Eigen::Index index) {
+          return gates.row(row).segment(index * size, size).array();
+        };
+        cell.row(s) =
+            part(1).logistic() * cell.row(s).array() + part(0).logistic() * part(2).tanh();
+        hidden.row(s) = part(3).logistic() * cell.row(s).array().tanh();
+        outputs.row(row) = hidden.row(s);
+      }
+    }
+    return outputs;
+  }
+
+ private:
+  static std::vector<std::size_t> longest_first(const Sentences& sentences) {
+    std::vector<std::size_t> order(sentences.count());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+      return sentences.length(a) > sentences.length(b);
+    });
+    return order;
+  }
+
+  /// step = hidden · recurrentᵀ, in the first `rows` rows.
+  void recur(const Matrix& hidden, Eigen::Index rows, Matrix& step) const {
+    // A matrix product repacks the weights at each step, which a few rows do not pay back.
+    constexpr Eigen::Index few = 4;
+    if (rows > few) {
+      step.topRows(rows).noalias() = hidden.topRows(rows) * recurrent_.transpose();
+      return;
+    }
+    for (Eigen::Index s = 0; s < rows; ++s)
+      step.row(s).transpose().noalias() = recurrent_ * hidden.row(s).transpose();
+  }
+
+  Linear input_;
+  MatrixMap recurrent_;
+  RowMap recurrent_bias_;
+};
+
+/// Kind "lstm", the paper's (§3.4): FC + ReLU, two LSTM layers, self-attention with sparsemax whose
+/// queries, keys and values all are the LSTM's output, and a residual FC of the compressed input.
+class LstmTrunk final : public PredictorTrunk {
+ public:
+  LstmTrunk(TensorReader& tensors, const PredictorWeights& weights)
+      : compress_(tensors.linear("compress", weights.hidden_size, weights.embedding_size)),
+        first_(tensors, "_l0", weights.hidden_size),
+        second_(tensors, "_l1", weights.hidden_size),
+        residual_(tensors.linear("residual", weights.hidden_size, weights.hidden_size)) {}
+
+  Matrix operator()(const Matrix& embeddings, const Sentences& sentences) const override {
+    const Matrix compressed = compress_(embeddings).cwiseMax(0.0f);
+    const Matrix states = second_(first_(compressed, sentences), sentences);
+    Matrix hidden = residual_(compressed);
+    for (std::size_t s = 0; s < sentences.count(); ++s)
+      add_sparse_attention(states.middleRows(sentences.begin(s), sentences.length(s)),
+                           hidden.middleRows(sentences.begin(s), sentences.length(s)));
+    return hidden;
+  }
+
+ private:
+  Linear compress_;
+  LstmLayer first_;
+  LstmLayer second_;
+  Linear residual_;
+};
+
+}  // namespace sida::detail

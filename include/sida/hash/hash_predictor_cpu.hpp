@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sida/backend/cpu_backend.hpp"
+#include "sida/core/tensor_view.hpp"
+#include "sida/hash/cpu/lstm_trunk.hpp"
+#include "sida/hash/cpu/routing_heads.hpp"
+#include "sida/hash/cpu/transformer_trunk.hpp"
+#include "sida/hash/hash_predictor.hpp"
+
+namespace sida {
+
+/// The predictor on the CPU, in f32 through Eigen. Immutable and thread-safe; copies share the
+/// weights.
+template <>
+class HashPredictor<CpuBackend> {
+ public:
+  /// @throws InvalidArgument if a size cannot be right, the kind is unknown, or a tensor is
+  /// missing, left over or of another shape than the sizes ask for.
+  explicit HashPredictor(PredictorWeights weights)
+      : parts_(std::make_shared<const Parts>(std::move(weights))) {}
+
+  /// Hash table of one batch.
+  ///
+  /// `embeddings`: [B, S, D] f32. `mask`: [B * S], nonzero for tokens, or empty where there is no
+  /// padding. `key`: the table's key for the batch (see batch_key). The table has all layers of the
+  /// model, B * S tokens and min(experts, max_candidates) candidates, by falling probability, lower
+  /// ids first among equals. Padding and layers without a head have id -1, probability and scale 0.
+  /// A token whose prediction is not finite gets some valid ids, probability 0 and scale NaN.
+  /// @throws InvalidArgument for other shapes or dtypes.
+  HashTable predict(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                    std::uint64_t key, std::int32_t max_candidates = 8) const {
+    const PredictorWeights& weights = parts_->weights;
+    SIDA_EXPECTS(embeddings.type == DataType::f32 && embeddings.shape.size() == 3 &&
+                     embeddings.shape[2] == weights.embedding_size,
+                 "predict: expected embeddings [B, S, " + std::to_string(weights.embedding_size) +
+                     "] f32, got " + embeddings.describe());
+    const std::int64_t sentences = embeddings.shape[0];
+    const std::int64_t length = embeddings.shape[1];
+    SIDA_EXPECTS(sentences >= 0 && length >= 0,
+                 "predict: expected B and S >= 0, got " + embeddings.describe());
+    const std::int64_t tokens = sentences * length;
+    SIDA_EXPECTS(mask.empty() || mask.size() == static_cast<std::size_t>(tokens),
+                 "predict: expected a mask of " + std::to_string(tokens) +
+                     " elements or none, got " + std::to_string(mask.size()));
+    SIDA_EXPECTS(max_candidates >= 1,
+                 "predict: expected max_candidates >= 1, got " + std::to_string(max_candidates));
+    HashTable table = empty_table(tokens, key, std::min(weights.experts, max_candidates));
+    Chunk chunk;
+    for (std::int64_t s = 0; s < sentences; ++s) {
+      for (std::int64_t token = s * length; token < (s + 1) * length; ++token)
+        if (mask.empty() || mask[static_cast<std::size_t>(token)] != 0)
+          chunk.tokens.push_back(token);
+      const auto rows = static_cast<Eigen::Index>(chunk.tokens.size());
+      if (rows > chunk.sentences.rows()) chunk.sentences.offsets.push_back(rows);
+      if (rows >= chunk_tokens || s + 1 == sentences) {
+        fill(chunk, embeddings, table);
+        chunk = {};
+      }
+    }
+    return table;
+  }
+
+  const PredictorWeights& weights() const noexcept { return parts_->weights; }
+
+ private:
+  /// Sentences are worked on together, for the sake of large products, until they have this many
+  /// tokens: intermediate results stay within a few MiB.
+  static constexpr Eigen::Index chunk_tokens = 1024;
+
+  /// Some sentences: which tokens of the batch they consist of.
+  struct Chunk {
+    std::vector<std::int64_t> tokens;
+    detail::Sentences sentences;
+  };
+
+  /// The weights and what views them; never moved.
+  struct Parts {
+    explicit Parts(PredictorWeights given)
+        : weights(checked(std::move(given))), tensors(weights), heads(tensors, weights) {
+      if (weights.kind == "lstm") {
+        trunk = std::make_unique<detail::LstmTrunk>(tensors, weights);
+      } else if (weights.kind == "transformer") {
+        trunk = std::make_unique<detail::TransformerTrunk>(tensors, weights);
+      } else if (weights.kind == "token") {
+        trunk = std::make_unique<detail::TokenTrunk>(tensors, weights);
+      } else {
+        throw InvalidArgument("predictor: expected kind lstm, transformer or token, got '" +
+                              weights.kind + "'");
+      }
+      tensors.expect_all_read();
+    }
+    Parts(const Parts&) = delete;
+    Parts& operator=(const Parts&) = delete;
+
+    PredictorWeights weights;
+    detail::TensorReader tensors;
+    detail::RoutingHeads heads;
+    std::unique_ptr<detail::PredictorTrunk> trunk;
+  };
+
+  static PredictorWeights checked(PredictorWeights weights) {
+    for (const auto& [name, size] :
+         {std::pair{"embedding_size", weights.embedding_size},
+          std::pair{"hidden_size", weights.hidden_size}, std::pair{"experts", weights.experts},
+          std::pair{"layers", weights.layers}})
+      SIDA_EXPECTS(size > 0, std::string("predictor: expected ") + name + " > 0, got " +
+                                 std::to_string(size));
+    SIDA_EXPECTS(!weights.heads.empty(), "predictor: expected one head or more, got none");
+    std::int32_t before = -1;
+    for (const std::int32_t head : weights.heads) {
+      SIDA_EXPECTS(head > before && head < weights.layers,
+                   "predictor: expected heads of layers 0 to " +
+                       std::to_string(weights.layers - 1) + " in rising order, got " +
+                       std::to_string(head) + " after " + std::to_string(before));
+      before = head;
+    }
+    SIDA_EXPECTS(std::isfinite(weights.scale_factor) && weights.scale_factor > 0,
+                 "predictor: expected a finite scale_factor > 0, got " +
+                     std::to_string(weights.scale_factor));
+    return weights;
+  }
+
+  HashTable empty_table(std::int64_t tokens, std::uint64_t key, std::int32_t candidates) const {
+    HashTable table;
+    table.layers = parts_->weights.layers;
+    table.candidates = candidates;
+    table.keys = {key};
+    table.offsets = {0, tokens};
+    const std::size_t size = table.index(table.layers, 0, 0);
+    table.ids.assign(size, -1);
+    table.probs.assign(size, 0.0f);
+    table.scale.assign(size, 0.0f);
+    return table;
+  }
+
+  void fill(const Chunk& chunk, const ConstTensorView& embeddings, HashTable& table) const {
+    if (chunk.tokens.empty()) return;
+    const Eigen::Index size = parts_->weights.embedding_size;
+    const auto* data = reinterpret_cast<const float*>(embeddings.data);
+    detail::Matrix rows(chunk.sentences.rows(), size);
+    for (Eigen::Index i = 0; i < rows.rows(); ++i)
+      rows.row(i) = detail::RowMap(data + chunk.tokens[static_cast<std::size_t>(i)] * size, size);
+    parts_->heads.fill((*parts_->trunk)(rows, chunk.sentences), chunk.tokens, table);
+  }
+
+  std::shared_ptr<const Parts> parts_;
+};
+
+}  // namespace sida
