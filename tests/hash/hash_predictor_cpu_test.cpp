@@ -207,11 +207,11 @@ TEST_CASE("One predictor serves several threads, and its copies outlive it") {
 }
 
 TEST_CASE("Weights that do not fit together are refused by name") {
-  using Catch::Contains;
+  using Catch::Matchers::ContainsSubstring;
   const auto refused = [](auto change, const std::string& message) {
     auto weights = reference::random_weights("lstm", 4, 8, 3);
     change(weights);
-    REQUIRE_THROWS_WITH(Predictor(weights), Contains(message));
+    REQUIRE_THROWS_WITH(Predictor(weights), ContainsSubstring(message));
     REQUIRE_THROWS_AS(Predictor(weights), sida::InvalidArgument);
   };
   using Weights = sida::PredictorWeights;
@@ -235,24 +235,24 @@ TEST_CASE("Weights that do not fit together are refused by name") {
   refused([](Weights& w) { w.scale_factor = std::numeric_limits<float>::infinity(); },
           "scale_factor");
   REQUIRE_THROWS_WITH(Predictor(reference::random_weights("transformer", 4, 12, 3)),
-                      Contains("multiple of 8, got 12"));
+                      ContainsSubstring("multiple of 8, got 12"));
 }
 
 TEST_CASE("Arguments that do not fit the predictor are refused by name") {
-  using Catch::Contains;
+  using Catch::Matchers::ContainsSubstring;
   const Predictor predictor(reference::random_weights("token", 4, 8, 3));
   const Batch batch = random_batch(2, 3, 4);
   auto view = batch.view();
   REQUIRE_THROWS_WITH(predictor.predict(view, std::vector<std::uint8_t>(5), 0),
-                      Contains("mask of 6 elements or none, got 5"));
-  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0, 0), Contains("max_candidates >= 1"));
+                      ContainsSubstring("mask of 6 elements or none, got 5"));
+  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0, 0), ContainsSubstring("max_candidates >= 1"));
   view.type = sida::DataType::bf16;
-  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), Contains("[B, S, 4] f32"));
+  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), ContainsSubstring("[B, S, 4] f32"));
   view.type = sida::DataType::f32;
   view.shape = {2, 4, 3};
-  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), Contains("got [2, 4, 3] f32"));
+  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), ContainsSubstring("got [2, 4, 3] f32"));
   view.shape = {6, 4};
-  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), Contains("got [6, 4] f32"));
+  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), ContainsSubstring("got [6, 4] f32"));
   view.shape = {-1, -6, 4};
-  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), Contains("B and S >= 0"));
+  REQUIRE_THROWS_WITH(predictor.predict(view, {}, 0), ContainsSubstring("B and S >= 0"));
 }

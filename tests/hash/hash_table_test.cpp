@@ -67,24 +67,24 @@ TEST_CASE("A batch is found by its key, the first of several") {
 }
 
 TEST_CASE("Batches that are not there and tables that do not fit are refused") {
-  using Catch::Contains;
+  using Catch::Matchers::ContainsSubstring;
   HashTable table = numbered(1, 2);
   REQUIRE_THROWS_AS(table.slice(1), sida::OutOfRange);
   REQUIRE_THROWS_AS(table.slice(-1), sida::OutOfRange);
   HashTable other = numbered(2, 1);
   other.candidates = 1;
-  REQUIRE_THROWS_WITH(table.append(other), Contains("2 candidates, got 2 and 1"));
+  REQUIRE_THROWS_WITH(table.append(other), ContainsSubstring("2 candidates, got 2 and 1"));
   check_equal(table, numbered(1, 2));
 }
 
 TEST_CASE("A table from elsewhere is checked before use") {
-  using Catch::Contains;
+  using Catch::Matchers::ContainsSubstring;
   const auto refused = [](auto change, const std::string& message) {
     HashTable table = numbered(1, 2);
     table.append(numbered(2, 3));
     REQUIRE_NOTHROW(table.validate(3000));
     change(table);
-    REQUIRE_THROWS_WITH(table.validate(3000), Contains(message));
+    REQUIRE_THROWS_WITH(table.validate(3000), ContainsSubstring(message));
     REQUIRE_THROWS_AS(table.validate(3000), sida::InvalidArgument);
   };
   refused([](HashTable& t) { t.layers = -1; }, "layers and candidates >= 0");
