@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "sida/core/data_type.hpp"
+#include "sida/core/half.hpp"
+#include "sida/ffn/cpu/activation.hpp"
+#include "sida/ffn/cpu/dot_kernels_avx2.hpp"
+#include "sida/ffn/cpu/dot_kernels_avx512.hpp"
+#include "sida/ffn/cpu/dot_kernels_avx512_bf16.hpp"
+#include "sida/ffn/cpu/dot_kernels_portable.hpp"
+#include "sida/ffn/cpu/dot_panel.hpp"
+#include "sida/ffn/cpu/isa.hpp"
+
+namespace sida::detail {
+
+/// The kernels of one storage type and instruction set. Hidden and intermediate rows are held as
+/// `Input`; sums, biases and results are `Real`.
+template <class Input, class Real>
+struct FfnKernels {
+  DotPanelFunction<Input, Real> dot = nullptr;
+  ActivateFunction<Input, Real> activate = nullptr;
+};
+
+/// True where bf16 rows stay bf16, to be multiplied in pairs.
+inline bool has_bf16_products(DataType storage, Isa isa) noexcept {
+  return storage == DataType::bf16 && isa == Isa::avx512_bf16;
+}
+
+template <class Weight>
+FfnKernels<float, float> f32_kernels(Isa isa) {
+#if SIDA_X86_KERNELS
+  if (isa >= Isa::avx512) return {avx512::dot_panel<Weight>, activate_avx512<float>};
+  if (isa == Isa::avx2) return {avx2::dot_panel<Weight>, activate_avx2};
+#endif
+  static_cast<void>(isa);
+  return {portable::dot_panel<Weight, float>, activate_portable};
+}
+
+/// Kernels that widen weights of `storage` (f32, f16, bf16) to f32.
+inline FfnKernels<float, float> f32_kernels(DataType storage, Isa isa) {
+  if (storage == DataType::f16) return f32_kernels<Half>(isa);
+  if (storage == DataType::bf16) return f32_kernels<BFloat16>(isa);
+  return f32_kernels<float>(isa);
+}
+
+/// For has_bf16_products only.
+inline FfnKernels<BFloat16, float> bf16_kernels() {
+#if SIDA_X86_KERNELS
+  return {avx512_bf16::dot_panel, activate_avx512<BFloat16>};
+#else
+  return {};
+#endif
+}
+
+inline FfnKernels<double, double> f64_kernels() {
+  return {portable::dot_panel<double, double>, activate_f64};
+}
+
+}  // namespace sida::detail

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "sida/core/error.hpp"
+
+namespace sida {
+
+/// Runs loops on a fixed number of threads, the caller's among them. Idle threads spin for some
+/// microseconds, for the next loop usually follows at once, and then sleep.
+///
+/// One loop at a time; not to be called from within a loop. Destruction joins the threads.
+class ThreadPool {
+ public:
+  /// `threads`, the caller included, is 1 or more. @throws InvalidArgument; std::system_error when
+  /// the system gives no more threads.
+  explicit ThreadPool(int threads) {
+    SIDA_EXPECTS(threads >= 1, "threads: expected 1 or more, got " + std::to_string(threads));
+    workers_.reserve(static_cast<std::size_t>(threads) - 1);
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  ~ThreadPool() { stop(); }
+
+  int threads() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+
+  /// Calls body(i) once for each i in [0, count), on any thread, in any order; returns when all are
+  /// done. When a call throws, those not yet begun are left out and the first exception is
+  /// rethrown.
+  template <class Body>
+  void run(std::int64_t count, Body&& body) {
+    if (workers_.empty() || count <= 1) {
+      for (std::int64_t i = 0; i < count; ++i) body(i);
+      return;
+    }
+    using Function = std::remove_reference_t<Body>;
+    start(count, &body, [](const void* function, std::int64_t i) {
+      (*static_cast<Function*>(const_cast<void*>(function)))(i);
+    });
+    take_indices();
+    finish();
+  }
+
+ private:
+  using Call = void (*)(const void* body, std::int64_t index);
+
+  void start(std::int64_t count, const void* body, Call call) {
+    {
+      const std::lock_guard lock(mutex_);
+      body_ = body;
+      call_ = call;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+      loop_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+
+  void take_indices() noexcept {
+    try {
+      for (;;) {
+        const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+        if (i >= count_) return;
+        call_(body_, i);
+      }
+    } catch (...) {
+      next_.store(count_, std::memory_order_relaxed);
+      const std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+
+  void finish() {
+    if (!spin([this] { return busy_.load(std::memory_order_acquire) == 0; })) {
+      std::unique_lock lock(mutex_);
+      done_.wait(lock, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+    }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  void work() noexcept {
+    std::uint64_t seen = 0;
+    for (;;) {
+      const auto changed = [&] { return loop_.load(std::memory_order_acquire) != seen; };
+      if (!spin(changed)) {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, changed);
+      }
+      seen = loop_.load(std::memory_order_acquire);
+      if (stopping_.load(std::memory_order_acquire)) return;
+      take_indices();
+      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        const std::lock_guard lock(mutex_);  // the caller is either before its check or waiting
+        done_.notify_one();
+      }
+    }
+  }
+
+  void stop() noexcept {
+    stopping_.store(true, std::memory_order_release);
+    {
+      const std::lock_guard lock(mutex_);
+      loop_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+  }
+
+  template <class Condition>
+  static bool spin(const Condition& condition) noexcept {
+    constexpr int tries = 400;  // about 10 microseconds
+    for (int i = 0; i < tries; ++i) {
+      if (condition()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    return false;
+  }
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<std::uint64_t> loop_{0};  // counts loops: a change tells the workers to begin
+  std::atomic<std::int64_t> next_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stopping_{false};
+  const void* body_ = nullptr;
+  Call call_ = nullptr;
+  std::int64_t count_ = 0;
+  std::exception_ptr error_;
+};
+
+}  // namespace sida

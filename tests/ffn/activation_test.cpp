@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sida/ffn/cpu/activation.hpp"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "sida/ffn/cpu/ffn_kernels.hpp"
+#include "support/catch.hpp"
+#include "support/ffn_call.hpp"
+#include "support/reference_ffn.hpp"
+
+namespace sida::test {
+namespace {
+
+constexpr Activation activations[] = {Activation::relu, Activation::gelu, Activation::gelu_tanh,
+                                      Activation::silu};
+
+TEST_CASE("Vectorised activations agree with their definitions everywhere", "[activation]") {
+  for (const Isa isa : machine_isas())
+    for (const Activation activation : activations) {
+      CAPTURE(name_of(isa), name_of(activation));
+      const auto activate = detail::f32_kernels(DataType::f32, isa).activate;
+      double worst = 0;
+      for (int block = -2000; block < 2000; ++block) {
+        float x[16], y[16];
+        for (int i = 0; i < 16; ++i)
+          x[i] = static_cast<float>(block * 16 + i) * (100.0f / 32000);  // [-100, 100]
+        activate(activation, x, nullptr, y, 16);
+        for (int i = 0; i < 16; ++i) {
+          const double expected = reference_activation(activation, static_cast<double>(x[i]));
+          // Relative to the input: where the output is far smaller, it no longer counts.
+          const double scale = std::abs(static_cast<double>(x[i])) + 1e-30;
+          worst = std::max(worst, std::abs(static_cast<double>(y[i]) - expected) / scale);
+        }
+      }
+      CHECK(worst <= 3e-7);
+    }
+}
+
+TEST_CASE("A gated activation multiplies, NaN passes through, infinities do what they must",
+          "[activation]") {
+  const float inf = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const Isa isa : machine_isas())
+    for (const Activation activation : activations) {
+      CAPTURE(name_of(isa), name_of(activation));
+      const auto activate = detail::f32_kernels(DataType::f32, isa).activate;
+      const float x[16] = {nan, inf, 0, 3, -200, 1e30f}, up[16] = {1, 1, 1, 2, 1, 1};
+      float y[16];
+      activate(activation, x, up, y, 16);
+      CHECK(std::isnan(y[0]));
+      CHECK(y[1] == inf);
+      CHECK(y[2] == 0);
+      CHECK(y[3] == Approx(2 * reference_activation(activation, 3)));
+      CHECK(std::abs(y[4]) < 1e-30f);
+      CHECK(y[5] == 1e30f);
+    }
+}
+
+}  // namespace
+}  // namespace sida::test
