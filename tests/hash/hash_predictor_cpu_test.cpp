@@ -184,7 +184,12 @@ TEST_CASE("Embeddings that are not finite spoil their own sentence at most") {
           REQUIRE(table.probs[at] == Approx(expected.probs[at]).margin(1e-6));
         }
       }
-      if (std::isnan(bad)) REQUIRE(std::isnan(table.scale[table.index(1, 8, 0)]));
+      if (!std::isnan(bad)) continue;
+      REQUIRE(std::isnan(table.scale[table.index(1, 8, 0)]));
+      // Attention carries it to the whole sentence.
+      for (std::int64_t token = 6; token < 12; ++token)
+        REQUIRE(std::isnan(table.scale[table.index(1, token, 0)]) ==
+                (kind != "token" || token == 8));
     }
   }
 }

@@ -61,7 +61,7 @@ class HashPredictor<CpuBackend> {
         if (mask.empty() || mask[static_cast<std::size_t>(token)] != 0)
           chunk.tokens.push_back(token);
       const auto rows = static_cast<Eigen::Index>(chunk.tokens.size());
-      if (rows > chunk.sentences.rows()) chunk.sentences.offsets.push_back(rows);
+      chunk.sentences.offsets.push_back(rows);
       if (rows >= chunk_tokens || s + 1 == sentences) {
         fill(chunk, embeddings, table);
         chunk = {};

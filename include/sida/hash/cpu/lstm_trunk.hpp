@@ -91,7 +91,7 @@ class LstmTrunk final : public PredictorTrunk {
         residual_(tensors.linear("residual", weights.hidden_size, weights.hidden_size)) {}
 
   Matrix operator()(const Matrix& embeddings, const Sentences& sentences) const override {
-    const Matrix compressed = compress_(embeddings).cwiseMax(0.0f);
+    const Matrix compressed = relu(compress_(embeddings));
     const Matrix states = second_(first_(compressed, sentences), sentences);
     Matrix hidden = residual_(compressed);
     for (std::size_t s = 0; s < sentences.count(); ++s)

@@ -43,6 +43,12 @@ struct Linear {
   }
 };
 
+/// max(x, 0); NaN stays NaN.
+inline Matrix relu(Matrix x) {
+  x = (x.array() < 0.0f).select(0.0f, x);
+  return x;
+}
+
 /// Hands out views of a predictor's tensors, each checked against the shape that its kind asks for.
 class TensorReader {
  public:

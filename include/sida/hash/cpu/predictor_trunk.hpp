@@ -21,7 +21,7 @@ class TokenTrunk final : public PredictorTrunk {
       : compress_(tensors.linear("compress", weights.hidden_size, weights.embedding_size)) {}
 
   Matrix operator()(const Matrix& embeddings, const Sentences&) const override {
-    return compress_(embeddings).cwiseMax(0.0f);
+    return relu(compress_(embeddings));
   }
 
  private:

@@ -67,7 +67,7 @@ class TransformerBlock {
       }
     }
     x.noalias() += mixed * output_.transpose();
-    x += down_(up_(rms_norm(x, feed_forward_norm_)).cwiseMax(0.0f));
+    x += down_(relu(up_(rms_norm(x, feed_forward_norm_))));
   }
 
  private:
