@@ -37,7 +37,7 @@ class LstmLayer {
       while (running > 0 && sentences.length(order[static_cast<std::size_t>(running - 1)]) <= t)
         --running;
       if (running == 0) break;
-      recur(hidden, running, step);
+      multiply(hidden.topRows(running), recurrent_, step.topRows(running));
       for (Eigen::Index s = 0; s < running; ++s) {
         const Eigen::Index row = sentences.begin(order[static_cast<std::size_t>(s)]) + t;
         gates.row(row) += step.row(s);
@@ -61,18 +61,6 @@ class LstmLayer {
       return sentences.length(a) > sentences.length(b);
     });
     return order;
-  }
-
-  /// step = hidden · recurrentᵀ, in the first `rows` rows.
-  void recur(const Matrix& hidden, Eigen::Index rows, Matrix& step) const {
-    // A matrix product repacks the weights at each step, which a few rows do not pay back.
-    constexpr Eigen::Index few = 4;
-    if (rows > few) {
-      step.topRows(rows).noalias() = hidden.topRows(rows) * recurrent_.transpose();
-      return;
-    }
-    for (Eigen::Index s = 0; s < rows; ++s)
-      step.row(s).transpose().noalias() = recurrent_ * hidden.row(s).transpose();
   }
 
   Linear input_;

@@ -30,14 +30,27 @@ struct Sentences {
   Eigen::Index length(std::size_t s) const noexcept { return offsets[s + 1] - offsets[s]; }
 };
 
-/// y = x · weightᵀ + bias, weight [out, in]. A view of PredictorWeights.
+/// y = x · weightᵀ; weight [out, in]. Every product of the predictors with their weights is here.
+inline void multiply(const Eigen::Ref<const Matrix>& x, const MatrixMap& weight,
+                     Eigen::Ref<Matrix> y) {
+  // Eigen's matrix product repacks the weights each time, which few rows do not pay back.
+  constexpr Eigen::Index few = 16;
+  if (x.rows() > few) {
+    y.noalias() = x * weight.transpose();
+    return;
+  }
+  for (Eigen::Index i = 0; i < x.rows(); ++i)
+    y.row(i).transpose().noalias() = weight * x.row(i).transpose();
+}
+
+/// y = x · weightᵀ + bias. A view of PredictorWeights.
 struct Linear {
   MatrixMap weight;
   RowMap bias;
 
   Matrix operator()(const Matrix& x) const {
     Matrix y(x.rows(), weight.rows());
-    y.noalias() = x * weight.transpose();
+    multiply(x, weight, y);
     y.rowwise() += bias;
     return y;
   }

@@ -51,7 +51,7 @@ class TransformerBlock {
 
   void operator()(Matrix& x, const Sentences& sentences, const RotaryAngles& angles) const {
     Matrix qkv(x.rows(), qkv_.rows());
-    qkv.noalias() = rms_norm(x, attention_norm_) * qkv_.transpose();
+    multiply(rms_norm(x, attention_norm_), qkv_, qkv);
     const Eigen::Index size = x.cols() / heads;
     Matrix mixed(x.rows(), x.cols());
     for (std::size_t s = 0; s < sentences.count(); ++s) {
@@ -66,7 +66,9 @@ class TransformerBlock {
         attend(part(0), part(1), part(2), out.middleCols(head * size, size));
       }
     }
-    x.noalias() += mixed * output_.transpose();
+    Matrix projected(x.rows(), x.cols());
+    multiply(mixed, output_, projected);
+    x += projected;
     x += down_(relu(up_(rms_norm(x, feed_forward_norm_))));
   }
 
