@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/temporary_folder.hpp"
 
-using Catch::Matchers::Contains;
+using Catch::Matchers::ContainsSubstring;
 using sida::Activation;
 using sida::CheckpointExperts;
 using sida::ExpertSearch;
@@ -30,7 +30,7 @@ CheckpointExperts find(const ToyCheckpoint& checkpoint, const ExpertSearch& sear
 void check_refused(const ToyCheckpoint& checkpoint, const std::string& reason,
                    const ExpertSearch& search = {}, const char* config_json = nullptr) {
   CHECK_THROWS_AS(find(checkpoint, search, config_json), InvalidArgument);
-  CHECK_THROWS_WITH(find(checkpoint, search, config_json), Contains(reason));
+  CHECK_THROWS_WITH(find(checkpoint, search, config_json), ContainsSubstring(reason));
 }
 
 ToyCheckpoint switch_layers(const Names& layers, ToyModel model = {.gated = false}) {

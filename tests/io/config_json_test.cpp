@@ -3,7 +3,7 @@
 
 #include "support/catch.hpp"
 
-using Catch::Matchers::Contains;
+using Catch::Matchers::ContainsSubstring;
 using nlohmann::json;
 using sida::MoeConfig;
 
@@ -39,7 +39,7 @@ TEST_CASE("JSON that is no MoeConfig is refused by the key") {
     config[bad.key] = json::parse(bad.value);
     INFO(bad.key << ": " << bad.value);
     CHECK_THROWS_AS(sida::moe_config_from_json(config), sida::InvalidArgument);
-    CHECK_THROWS_WITH(sida::moe_config_from_json(config), Contains(bad.key));
+    CHECK_THROWS_WITH(sida::moe_config_from_json(config), ContainsSubstring(bad.key));
   }
   CHECK_THROWS_AS(sida::moe_config_from_json(json::array()), sida::InvalidArgument);
 }

@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/temporary_folder.hpp"
 
-using Catch::Matchers::Contains;
+using Catch::Matchers::ContainsSubstring;
 
 namespace {
 
@@ -20,10 +20,12 @@ struct RawTable {
   std::vector<std::int64_t> keys{-1, 7};
   std::vector<std::int64_t> offsets{0, 2, 3};
   std::string id_dtype = "I32";
+  std::int32_t lowest_id = 5;
+  float prob = 0.5f;
 
   std::string bytes() const {
-    const std::vector<std::int32_t> ids{0, 1, 2, 3, 4, 5, -1, -1, 8, 9, 10, 11};
-    const std::vector<float> probs(12, 0.5f), scale(12, 0.25f);
+    const std::vector<std::int32_t> ids{0, 1, 2, 3, 4, lowest_id, -1, -1, 8, 9, 10, 11};
+    const std::vector<float> probs(12, prob), scale(12, 0.25f);
     return RawSafetensors()
         .add("keys", "I64", "[" + std::to_string(keys.size()) + "]", keys)
         .add("offsets", "I64", "[" + std::to_string(offsets.size()) + "]", offsets)
@@ -86,7 +88,7 @@ TEST_CASE("A file that is no hash table is refused") {
   const auto check_refused = [&](const RawTable& table, const char* reason) {
     const auto path = folder.write("bad", table.bytes());
     CHECK_THROWS_AS(sida::load_hash_table(path), sida::IoError);
-    CHECK_THROWS_WITH(sida::load_hash_table(path), Contains(reason));
+    CHECK_THROWS_WITH(sida::load_hash_table(path), ContainsSubstring(reason));
   };
   check_refused({.metadata = R"("format":"pt")"}, "sida-hash-table");
   check_refused({.metadata = R"("format":"sida-hash-table","version":"2")"}, "version");
@@ -107,4 +109,6 @@ TEST_CASE("A file that is no hash table is refused") {
   check_refused({.offsets = {0, 4, 3}}, "offsets");
   check_refused({.offsets = {0, 2, 4}}, "[2, 4, 2]");
   check_refused({.id_dtype = "F32"}, "I32");
+  check_refused({.lowest_id = -2}, "-2");
+  check_refused({.prob = std::numeric_limits<float>::quiet_NaN()}, "probabilities");
 }

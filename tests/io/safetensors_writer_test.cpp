@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/temporary_folder.hpp"
 
-using Catch::Matchers::Contains;
+using Catch::Matchers::ContainsSubstring;
 
 namespace {
 
@@ -63,9 +63,9 @@ TEST_CASE("A write that fails leaves the older file and nothing else") {
                   sida::InvalidArgument);
   CHECK_THROWS_WITH(sida::write_safetensors(
                         path, {{"a", DataType::u8, {3}, data}, {"a", DataType::u8, {3}, data}}),
-                    Contains("once"));
+                    ContainsSubstring("once"));
   CHECK_THROWS_WITH(sida::write_safetensors(path, {{"\xff", DataType::u8, {3}, data}}),
-                    Contains("UTF-8"));
+                    ContainsSubstring("UTF-8"));
   CHECK(content(path) == "old");
   std::filesystem::create_directory(folder / "folder");
   CHECK_THROWS_AS(sida::write_safetensors(folder / "folder", {}), sida::IoError);
