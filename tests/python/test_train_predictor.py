@@ -14,7 +14,7 @@ from tiny_moe import TinyAdapter, make_batches, make_tiny
 
 from sida.torch.predictor import Candidates, Predictor
 from sida.torch.teacher import record_routing
-from sida.torch.train import fit_predictor
+from sida.torch.train import fit_predictor, predictor_loss
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,10 @@ def one_thread() -> Iterator[None]:
 def fit(adapter: TinyAdapter, batches: Any, kind: str = "token", **options: Any) -> Predictor:
     options = {"steps": 5, "hidden_size": 32, "progress": False} | options
     return fit_predictor(adapter, batches, kind, **options)
+
+
+def mean(values: list[Any]) -> Any:
+    return sum(values) / len(values)
 
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
@@ -178,6 +182,31 @@ def test_only_predictable_layers_get_heads() -> None:
     assert (predictor.layers, predictor.heads, predictor.network.heads) == (3, [0, 2], 2)
     scores = predictor.evaluate(adapter, make_batches(count=1), logits_of)
     assert scores["layers"] == ["layers.0", "layers.2"]
+
+
+def test_the_loss_is_the_sum_worked_out_token_by_token() -> None:
+    adapter = make_tiny(top_k=2)
+    network = fit(adapter, make_batches(), steps=1).network
+    record = record_routing(adapter, make_batches(seed=3, count=1)[0], top=3)
+    record.experts[:, ::3, 1] = -1  # dropped: teaches neither expert nor scale
+    logits, scales = network(record.embeddings, record.mask)
+    distilled, entropy, error = [], [], []
+    for layer in range(2):
+        for token in range(logits.shape[1]):
+            own, scale = logits[layer, token].double(), scales[layer, token].double()
+            top = record.top_ids[layer, token]
+            teacher = record.top_logits[layer, token].double().exp()
+            teacher = teacher / teacher.sum()
+            student = own[top].exp() / own[top].exp().sum()
+            distilled.append(sum(teacher * (teacher / student).log()))
+            for choice in range(2):
+                expert = int(record.experts[layer, token, choice])
+                if expert >= 0:
+                    entropy.append(-(own.exp() / own.exp().sum())[expert].log())
+                    error.append((scale[expert] - record.weights[layer, token, choice]) ** 2)
+    expected = sum(map(mean, (distilled, error))) + 0.5 * mean(entropy)
+    loss = predictor_loss(network, record, record.embeddings)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_dropped_tokens_teach_no_expert() -> None:
