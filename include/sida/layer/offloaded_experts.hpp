@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sida/cache/array_store.hpp"
+#include "sida/core/moe_config.hpp"
+#include "sida/core/tensor_view.hpp"
+#include "sida/ffn/expert_ffn.hpp"
+#include "sida/ffn/slab_layout.hpp"
+#include "sida/ffn/token_groups.hpp"
+#include "sida/schedule/offload_scheduler.hpp"
+
+namespace sida {
+
+/// The experts of one MoE layer, end to end: tokens grouped by expert, experts brought to fast
+/// memory, computed as they arrive, results summed once per token in the order of choices.
+///
+/// Layers of one model share the scheduler and the ExpertFfn. Calls from several threads take
+/// turns.
+template <Backend B, EvictionPolicy Policy>
+class OffloadedExperts {
+ public:
+  using Scheduler = OffloadScheduler<B, Policy>;
+
+  /// @throws InvalidArgument if the cache's slabs are not of `config`, OutOfRange for the layer.
+  OffloadedExperts(const MoeConfig& config, std::int32_t layer,
+                   std::shared_ptr<Scheduler> scheduler, std::shared_ptr<ExpertFfn<B>> ffn)
+      : config_(config),
+        layout_(config),
+        layer_(layer),
+        scheduler_(std::move(scheduler)),
+        ffn_(std::move(ffn)) {
+    const auto& cache = scheduler_->cache();
+    SIDA_EXPECTS(
+        cache.slot_bytes() == layout_.slab_bytes && scheduler_->experts() == config.experts,
+        "OffloadedExperts: expected a cache of " + std::to_string(config.experts) +
+            " experts a layer in slabs of " + std::to_string(layout_.slab_bytes) + " bytes, got " +
+            std::to_string(scheduler_->experts()) + " in " + std::to_string(cache.slot_bytes()));
+    if (layer < 0 || layer >= scheduler_->layers())
+      throw OutOfRange("OffloadedExperts: expected a layer from 0 to " +
+                       std::to_string(scheduler_->layers() - 1) + ", got " + std::to_string(layer));
+  }
+
+  /// Leave rows of padding (by the pass's mask) out: they come out as zeros.
+  void set_skip_padding(bool skip) noexcept { skip_padding_ = skip; }
+
+  /// out[t] = Σ_j weights[t, j] * expert(ids[t, j])(hidden[t]): the model's own routing.
+  ///
+  /// hidden, out: [T, H] of the config's dtype; ids: [T, k] i32 or i64; weights: [T, k]. Choices of
+  /// weight 0 are left out. `out` is written whole, or not at all when an id is out of range.
+  /// @throws InvalidArgument, OutOfRange, what a load threw, StateError after close().
+  void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
+               const ConstTensorView& weights, const TensorView& out) {
+    const auto turn = scheduler_->turn();
+    run(hidden, ids, weights, out, mask_for(hidden), skip_padding_, false);
+  }
+
+  /// Whether the pass's hash table foretells this layer.
+  bool has_prediction() const {
+    const HashTable* table = scheduler_->table();
+    if (!table || table->tokens() == 0) return table != nullptr;
+    const std::size_t begin = table->index(layer_, 0, 0), end = table->index(layer_ + 1, 0, 0);
+    for (std::size_t i = begin; i < end; ++i)
+      if (table->ids[i] >= 0) return true;
+    return false;
+  }
+
+  /// As forward, with experts and scales from the pass's hash table (paper §3.3): the first top_k
+  /// candidates of each token. Padding, for which nothing is foretold, comes out as zeros.
+  /// @throws StateError without a table, InvalidArgument if it is of another batch size.
+  void forward_predicted(const ConstTensorView& hidden, const TensorView& out) {
+    const auto turn = scheduler_->turn();
+    const HashTable* table = scheduler_->table();
+    if (!table) throw StateError("forward_predicted: the pass has no hash table");
+    SIDA_EXPECTS(!hidden.shape.empty() && hidden.shape[0] == table->tokens(),
+                 "forward_predicted: expected hidden states of the table's " +
+                     std::to_string(table->tokens()) + " tokens, got " + hidden.describe());
+    const std::int64_t tokens = table->tokens();
+    const std::int32_t k = std::min(config_.top_k, table->candidates);
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens * k), 0);
+    std::vector<float> weights(ids.size(), 0.0f);
+    for (std::int64_t t = 0, i = 0; t < tokens; ++t) {
+      for (std::int32_t j = 0; j < k; ++j, ++i) {
+        const std::size_t at = table->index(layer_, t, j);
+        if (table->ids[at] < 0) continue;
+        ids[static_cast<std::size_t>(i)] = table->ids[at];
+        weights[static_cast<std::size_t>(i)] = table->scale[at];
+      }
+    }
+    const std::vector<std::int64_t> shape{tokens, k};
+    run(hidden, {std::as_bytes(std::span(ids)).data(), DataType::i32, shape},
+        {std::as_bytes(std::span(weights)).data(), DataType::f32, shape}, out, {}, false, true);
+  }
+
+  Scheduler& scheduler() const noexcept { return *scheduler_; }
+  ExpertFfn<B>& ffn() const noexcept { return *ffn_; }
+
+ private:
+  // The pass's mask where it is of this call's tokens: a decoder's call has others.
+  std::span<const std::uint8_t> mask_for(const ConstTensorView& hidden) const {
+    const auto mask = scheduler_->mask();
+    const bool fits =
+        !hidden.shape.empty() && static_cast<std::int64_t>(mask.size()) == hidden.shape[0];
+    return fits ? mask : std::span<const std::uint8_t>();
+  }
+
+  void run(const ConstTensorView& hidden, const ConstTensorView& ids,
+           const ConstTensorView& weights, const TensorView& out,
+           std::span<const std::uint8_t> mask, bool skip_padding, bool predicted) {
+    const TokenGroups groups =
+        group_tokens(ids, weights, config_.experts, skip_padding ? mask : decltype(mask){});
+    ffn_->begin(hidden, groups);
+    record(groups, ids, weights);
+    auto demand = scheduler_->demand(layer_, groups.experts, counted(groups, mask), predicted);
+    std::vector<ExpertTask> tasks;
+    for (;;) {
+      const auto leases = demand.next_ready();
+      if (leases.empty()) break;
+      tasks.clear();
+      for (const auto& lease : leases) tasks.push_back(task(groups, lease));
+      const double begin = Trace::now();
+      ffn_->compute(tasks);
+      scheduler_->trace().add({TraceKind::compute, {layer_, -1}, begin, Trace::now(), 0, 0});
+    }
+    ffn_->combine(weights, out);
+  }
+
+  ExpertTask task(const TokenGroups& groups, const typename Scheduler::Lease& lease) const {
+    const auto found =
+        std::lower_bound(groups.experts.begin(), groups.experts.end(), lease.id().expert);
+    const auto group = static_cast<std::size_t>(found - groups.experts.begin());
+    return {weights_of(lease), groups.offsets[group], groups.offsets[group + 1]};
+  }
+
+  ExpertWeights weights_of(const typename Scheduler::Lease& lease) const {
+    if (const std::byte* slab = lease.slab()) return weights_in(layout_, slab);
+    ExpertWeights weights;  // in place: the store's own arrays
+    const auto& store = static_cast<const ArrayStore&>(scheduler_->cache().store());
+    for (const ArrayPart& part : store.parts(lease.id())) {
+      if (part.slab_offset == layout_.up_offset) weights.up = part.data;
+      if (part.slab_offset == layout_.down_offset) weights.down = part.data;
+      if (layout_.up_bias_bytes && part.slab_offset == layout_.up_bias_offset)
+        weights.up_bias = part.data;
+      if (layout_.down_bias_bytes && part.slab_offset == layout_.down_bias_offset)
+        weights.down_bias = part.data;
+    }
+    return weights;
+  }
+
+  // For each active expert, whether a row of it is no padding.
+  static std::vector<std::uint8_t> counted(const TokenGroups& groups,
+                                           std::span<const std::uint8_t> mask) {
+    if (mask.empty()) return {};
+    std::vector<std::uint8_t> flags(groups.experts.size(), 0);
+    for (std::size_t e = 0; e < flags.size(); ++e)
+      for (std::int64_t row = groups.offsets[e]; row < groups.offsets[e + 1]; ++row)
+        flags[e] |= mask[static_cast<std::size_t>(groups.order[static_cast<std::size_t>(row)] /
+                                                  groups.top_k)] != 0;
+    return flags;
+  }
+
+  void record(const TokenGroups& groups, const ConstTensorView& ids,
+              const ConstTensorView& weights) const {
+    std::vector<std::int32_t> experts(groups.row_of.size(), -1);
+    std::vector<float> scale(groups.row_of.size(), 0.0f);
+    for (std::size_t a = 0; a < experts.size(); ++a) {
+      if (groups.row_of[a] < 0) continue;
+      const auto assignment = static_cast<std::int64_t>(a);
+      experts[a] = static_cast<std::int32_t>(detail::load_index(ids, assignment));
+      scale[a] = static_cast<float>(detail::load_real(weights, assignment));
+    }
+    scheduler_->recorder().add(layer_, groups.tokens, groups.top_k, experts, scale);
+  }
+
+  MoeConfig config_;
+  SlabLayout layout_;
+  std::int32_t layer_;
+  std::shared_ptr<Scheduler> scheduler_;
+  std::shared_ptr<ExpertFfn<B>> ffn_;
+  bool skip_padding_ = false;
+};
+
+}  // namespace sida

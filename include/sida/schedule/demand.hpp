@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "sida/cache/expert_cache.hpp"
+#include "sida/core/error.hpp"
+#include "sida/schedule/trace.hpp"
+#include "sida/schedule/transfers.hpp"
+
+namespace sida {
+
+/// The experts that one layer call needs, handed out as they are resident: those that are there at
+/// once, the others while these compute. With fewer slots than experts this goes in waves.
+///
+/// Used on one thread. Ending it at any point drops what was not handed out.
+template <Backend B, EvictionPolicy Policy>
+class Demand {
+ public:
+  using Cache = ExpertCache<B, Policy>;
+  using Lease = typename Cache::Lease;
+
+  /// Made by OffloadScheduler::demand. @throws OutOfRange.
+  Demand(Cache& cache, Transfers<B, Policy>& transfers, Trace& trace, const bool& closed,
+         std::int32_t layer, std::int64_t step, const std::vector<std::int32_t>& experts,
+         std::span<const std::uint8_t> counted, bool predicted)
+      : cache_(cache),
+        transfers_(transfers),
+        trace_(trace),
+        closed_(closed),
+        layer_(layer),
+        awaited_(std::make_shared<typename Transfers<B, Policy>::Awaited>()) {
+    const std::lock_guard lock(cache_.mutex());
+    for (const std::int32_t expert : experts)
+      cache_.residency_locked({layer, expert});  // throws before anything is changed
+    LayerStats& stats = stats_locked();
+    ++stats.calls;
+    stats.predicted_calls += predicted;
+    std::vector<bool> foretold;
+    for (const std::int32_t expert : experts)
+      foretold.push_back(cache_.forecast().next_use({layer, expert}) == step);
+    cache_.forecast().begin_layer(layer, step, experts);
+    transfers_.drop_plan_before_locked(step + 1);
+    for (std::size_t i = 0; i < experts.size(); ++i)
+      ask_locked({layer, experts[i]}, foretold[i], counted.empty() || counted[i] != 0, stats);
+    cache_.changed().notify_all();
+  }
+  Demand(const Demand&) = delete;
+  Demand& operator=(const Demand&) = delete;
+
+  ~Demand() {
+    std::vector<Lease> dropped;
+    const std::lock_guard lock(cache_.mutex());
+    transfers_.abandon_locked(awaited_);
+    dropped.swap(awaited_->arrived);  // ends after the lock
+    to_drop_.swap(dropped);
+  }
+
+  /// Experts that are resident now, pinned: at least one; waits for it, and the wait is exposed
+  /// stall. Empty when all were handed out. Earlier leases must have ended.
+  /// @throws what a load threw; StateError when the scheduler is closed meanwhile.
+  std::vector<Lease> next_ready() {
+    std::unique_lock lock(cache_.mutex());
+    for (const ExpertId id : handed_out_) cache_.forecast().done(id);
+    handed_out_.clear();
+    if (resident_.empty() && awaited_->arrived.empty() && !awaited_->missing.empty()) wait(lock);
+    if (closed_) throw StateError("the scheduler was closed during a layer call");
+    if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
+    std::move(awaited_->arrived.begin(), awaited_->arrived.end(), std::back_inserter(resident_));
+    awaited_->arrived.clear();
+    // While others wait for a slot, slots become free in small steps.
+    const std::size_t group =
+        awaited_->missing.empty() ? resident_.size() : std::min<std::size_t>(resident_.size(), 4);
+    std::vector<Lease> ready;
+    for (std::size_t i = 0; i < group; ++i) {
+      handed_out_.push_back(resident_[i].id());
+      ready.push_back(std::move(resident_[i]));
+    }
+    resident_.erase(resident_.begin(), resident_.begin() + static_cast<std::ptrdiff_t>(group));
+    return ready;
+  }
+
+ private:
+  LayerStats& stats_locked() {
+    return transfers_.stats_locked().layers[static_cast<std::size_t>(layer_)];
+  }
+
+  void ask_locked(ExpertId id, bool foretold, bool counted, LayerStats& stats) {
+    const auto residency = cache_.residency_locked(id);
+    stats.uses += counted;
+    if (auto lease = cache_.try_lease_locked(id)) {
+      stats.hits += counted;
+      resident_.push_back(std::move(*lease));
+      return;
+    }
+    const bool late = foretold || residency == Cache::Residency::loading;
+    (late ? stats.late : stats.misses) += counted;
+    awaited_->missing.push_back(id);
+    transfers_.demand_locked(id, awaited_);
+  }
+
+  void wait(std::unique_lock<std::mutex>& lock) {
+    const double begin = Trace::now();
+    cache_.changed().wait(lock,
+                          [&] { return closed_ || awaited_->error || !awaited_->arrived.empty(); });
+    const double end = Trace::now();
+    stats_locked().stall_seconds += end - begin;
+    trace_.add({TraceKind::stall, {layer_, -1}, begin, end, 0, 0});
+  }
+
+  Cache& cache_;
+  Transfers<B, Policy>& transfers_;
+  Trace& trace_;
+  const bool& closed_;
+  std::int32_t layer_;
+  std::vector<Lease> to_drop_;  // declared before what is dropped under the lock
+  std::shared_ptr<typename Transfers<B, Policy>::Awaited> awaited_;
+  std::vector<Lease> resident_;
+  std::vector<ExpertId> handed_out_;
+};
+
+}  // namespace sida

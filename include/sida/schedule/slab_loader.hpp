@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+
+#include "sida/backend/cpu_backend.hpp"
+#include "sida/cache/expert_store.hpp"
+
+namespace sida {
+
+/// Brings a range of a slab from the store to a slot of the backend's fast memory; returns when it
+/// is there. Specialised for each backend, called from several transfer threads at once.
+template <class B>
+class SlabLoader;
+
+/// On the CPU the store reads straight into the slot.
+template <>
+class SlabLoader<CpuBackend> {
+ public:
+  explicit SlabLoader(CpuBackend&) noexcept {}
+
+  /// @throws what the store throws.
+  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
+            std::byte* slab) const {
+    store.read(id, offset, {slab + offset, bytes});
+  }
+};
+
+}  // namespace sida
