@@ -58,5 +58,25 @@ TEST_CASE("A gated activation multiplies, NaN passes through, infinities do what
     }
 }
 
+TEST_CASE("bf16 intermediate values are the f32 ones, rounded to the nearest", "[activation]") {
+  if (best_isa() < Isa::avx512_bf16) return;
+  const auto widened = detail::f32_kernels(DataType::bf16, Isa::avx512_bf16).activate;
+  const auto rounded = detail::bf16_kernels().activate;
+  for (int block = 0; block < 4096; ++block) {
+    float x[16], expected[16];
+    BFloat16 got[16];
+    for (int i = 0; i < 16; ++i) x[i] = static_cast<float>(block * 16 + i - 32768) * 1e-3f;
+    x[7] = block == 0 ? std::numeric_limits<float>::quiet_NaN() : x[7];
+    widened(Activation::silu, x, nullptr, expected, 16);
+    rounded(Activation::silu, x, nullptr, got, 16);
+    for (int i = 0; i < 16; ++i) {
+      if (std::isnan(x[i]))
+        REQUIRE(std::isnan(to_f32(got[i])));
+      else
+        REQUIRE(got[i].bits == to_bf16(expected[i]).bits);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace sida::test
