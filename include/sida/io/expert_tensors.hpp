@@ -57,7 +57,7 @@ class LayerReader {
 
   /// Shape of this layer; fields of the whole model (layers, activation, top_k) are left alone.
   /// `hidden_size` (0: not known) tells transposed tensors apart where their own shapes do not;
-  /// with `assume_plain` those whose sizes are equal are taken to be untransposed.
+  /// with `assume_plain` those that it does not tell are taken to be untransposed.
   MoeConfig read(std::int32_t hidden_size, bool assume_plain) {
     if (!unknown_.empty() || !layout_)
       throw InvalidArgument(
@@ -242,7 +242,7 @@ class LayerReader {
     }
     if (rows != columns && hidden_size == columns) return false;
     if (rows != columns && hidden_size == rows) return true;
-    if (rows == columns && assume_plain) return false;
+    if (assume_plain) return false;
     throw InvalidArgument(
         in_quotes(up.name) + ": expected to be told whether [" + std::to_string(rows) + ", " +
         std::to_string(columns) +
