@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <string_view>
 #include <vector>
 
 #include "sida/core/expert_id.hpp"
@@ -12,7 +13,25 @@
 namespace sida {
 
 /// What a stretch of time in a trace was spent on.
-enum class TraceKind : std::uint8_t { prefetch, demand_load, compute, stall, hash_building };
+enum class TraceKind : std::uint8_t { prefetch, demand_load, compute, stall, hash_building, pass };
+
+constexpr std::string_view name_of(TraceKind kind) noexcept {
+  switch (kind) {
+    case TraceKind::prefetch:
+      return "prefetch";
+    case TraceKind::demand_load:
+      return "demand load";
+    case TraceKind::compute:
+      return "compute";
+    case TraceKind::stall:
+      return "stall";
+    case TraceKind::hash_building:
+      return "hash building";
+    case TraceKind::pass:
+      return "pass";
+  }
+  return "?";
+}
 
 /// A stretch of time, in seconds of a steady clock.
 struct TraceEvent {
