@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "array.hpp"
+
+#include <cstring>
+#include <utility>
+
+#include "dlpack.hpp"
+#include "sida/core/error.hpp"
+
+namespace sida::bindings {
+namespace {
+
+// NumPy has no bfloat16 of its own, and DLPack no way to ask it for one: it crosses as uint16.
+bool is_numpy_bfloat16(const py::handle& object) {
+  return py::hasattr(object, "dtype") && py::hasattr(object, "view") &&
+         py::str(object.attr("dtype")).cast<std::string>() == "bfloat16";
+}
+
+py::capsule export_array(const py::handle& object, const std::string& name) {
+  if (!py::hasattr(object, "__dlpack__"))
+    throw py::type_error(name +
+                         ": expected an array with __dlpack__ (torch.Tensor, numpy.ndarray), got " +
+                         py::str(py::type::of(object)).cast<std::string>());
+  try {
+    return object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;  // a library from before DLPack 1.0
+  }
+  return object.attr("__dlpack__")();
+}
+
+// Takes the managed tensor out of the capsule, which then no longer owns it.
+template <class ManagedTensor>
+std::shared_ptr<void> take(const py::capsule& capsule, const char* name, const char* used) {
+  auto* managed = static_cast<ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  if (!managed) throw py::error_already_set();
+  PyCapsule_SetName(capsule.ptr(), used);
+  return {managed, [](void* pointer) {
+            auto* tensor = static_cast<ManagedTensor*>(pointer);
+            if (tensor->deleter) tensor->deleter(tensor);
+          }};
+}
+
+DataType type_of(const dlpack::Type& type, bool as_bfloat16, const std::string& name) {
+  if (type.lanes == 1) {
+    if (type.code == dlpack::real && type.bits == 64) return DataType::f64;
+    if (type.code == dlpack::real && type.bits == 32) return DataType::f32;
+    if (type.code == dlpack::real && type.bits == 16) return DataType::f16;
+    if (type.code == dlpack::brain_real && type.bits == 16) return DataType::bf16;
+    if (as_bfloat16 && type.code == dlpack::unsigned_integer && type.bits == 16)
+      return DataType::bf16;
+    if (type.code == dlpack::integer && type.bits == 64) return DataType::i64;
+    if (type.code == dlpack::integer && type.bits == 32) return DataType::i32;
+    if (type.code == dlpack::unsigned_integer && type.bits == 8) return DataType::u8;
+    if (type.code == dlpack::boolean && type.bits == 8) return DataType::u8;
+  }
+  throw InvalidArgument(
+      name +
+      ": expected a dtype among float32, float16, bfloat16, float64, int32, int64, "
+      "uint8, bool; got another (DLPack code " +
+      std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits)");
+}
+
+bool contiguous(const dlpack::Tensor& tensor) {
+  if (!tensor.strides) return true;
+  std::int64_t expected = 1;
+  for (std::int32_t d = tensor.dimensions; d-- > 0;) {
+    if (tensor.shape[d] == 0) return true;
+    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
+    expected *= tensor.shape[d];
+  }
+  return true;
+}
+
+}  // namespace
+
+Array::Array(const py::handle& object, const std::string& name) : name_(name) {
+  const bool as_bfloat16 = is_numpy_bfloat16(object) && !py::hasattr(object, "detach");
+  const py::object source =
+      as_bfloat16 ? object.attr("view")("uint16") : py::reinterpret_borrow<py::object>(object);
+  const py::capsule capsule = export_array(source, name);
+  const dlpack::Tensor* tensor = nullptr;
+  if (std::strcmp(PyCapsule_GetName(capsule.ptr()), "dltensor_versioned") == 0) {
+    owner_ =
+        take<dlpack::ManagedVersioned>(capsule, "dltensor_versioned", "used_dltensor_versioned");
+    const auto* managed = static_cast<const dlpack::ManagedVersioned*>(owner_.get());
+    SIDA_EXPECTS(managed->version.major == 1,
+                 name + ": expected DLPack 1.x, got " + std::to_string(managed->version.major));
+    read_only_ = (managed->flags & dlpack::read_only) != 0;
+    tensor = &managed->tensor;
+  } else {
+    owner_ = take<dlpack::Managed>(capsule, "dltensor", "used_dltensor");
+    tensor = &static_cast<const dlpack::Managed*>(owner_.get())->tensor;
+  }
+  SIDA_EXPECTS(tensor->device.type == dlpack::cpu,
+               name + ": expected an array in RAM (device cpu), got one on DLPack device " +
+                   std::to_string(tensor->device.type) + ":" + std::to_string(tensor->device.id));
+  type_ = type_of(tensor->type, as_bfloat16, name);
+  SIDA_EXPECTS(contiguous(*tensor),
+               name +
+                   ": expected a contiguous array; call .contiguous() (torch) or "
+                   "numpy.ascontiguousarray() on it");
+  shape_.assign(tensor->shape, tensor->shape + tensor->dimensions);
+  data_ = static_cast<const std::byte*>(tensor->data) + tensor->byte_offset;
+}
+
+TensorView Array::writable() const {
+  SIDA_EXPECTS(!read_only_,
+               name_ + ": expected an array that can be written to, got a read-only one");
+  return {static_cast<std::byte*>(const_cast<void*>(data_)), type_, shape_};
+}
+
+std::span<const std::uint8_t> Array::flags() const {
+  SIDA_EXPECTS(type_ == DataType::u8, name_ + ": expected bool or uint8, got " + view().describe());
+  return {static_cast<const std::uint8_t*>(data_), static_cast<std::size_t>(view().elements())};
+}
+
+std::vector<std::int64_t> Array::indices() const {
+  const auto count = static_cast<std::size_t>(view().elements());
+  if (type_ == DataType::i64) {
+    const auto* begin = static_cast<const std::int64_t*>(data_);
+    return {begin, begin + count};
+  }
+  SIDA_EXPECTS(type_ == DataType::i32,
+               name_ + ": expected int64 or int32, got " + view().describe());
+  const auto* begin = static_cast<const std::int32_t*>(data_);
+  return {begin, begin + count};
+}
+
+py::object empty_array(const py::handle& like, DataType type,
+                       const std::vector<std::int64_t>& shape) {
+  static constexpr std::pair<DataType, const char*> names[] = {{DataType::f32, "float32"},
+                                                               {DataType::f16, "float16"},
+                                                               {DataType::bf16, "bfloat16"},
+                                                               {DataType::f64, "float64"}};
+  std::string name;
+  for (const auto& [candidate, text] : names)
+    if (candidate == type) name = text;
+  const auto library = py::str(py::type::of(like).attr("__module__")).cast<std::string>();
+  if (library.substr(0, library.find('.')) == "torch") {
+    const py::module_ torch = py::module_::import("torch");
+    return torch.attr("empty")(shape, py::arg("dtype") = torch.attr(name.c_str()));
+  }
+  const py::module_ numpy = py::module_::import("numpy");
+  const py::object dtype =
+      type == DataType::bf16 ? py::module_::import("ml_dtypes").attr("bfloat16") : py::str(name);
+  const py::object array = numpy.attr("empty")(shape, py::arg("dtype") = dtype);
+  if (library.substr(0, library.find('.')) == "numpy") return array;
+  return like.attr("__array_namespace__")().attr("from_dlpack")(array);
+}
+
+}  // namespace sida::bindings

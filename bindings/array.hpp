@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sida/core/tensor_view.hpp"
+
+namespace sida::bindings {
+
+namespace py = pybind11;
+
+/// An array of Python's (NumPy, torch, anything with __dlpack__), borrowed through DLPack for as
+/// long as this object lives. Contiguous, in RAM.
+class Array {
+ public:
+  /// `name` is what messages call the array. @throws InvalidArgument (ValueError) for an array that
+  /// is elsewhere, not contiguous, or of a dtype that sida does not know.
+  Array(const py::handle& object, const std::string& name);
+
+  ConstTensorView view() const { return {static_cast<const std::byte*>(data_), type_, shape_}; }
+  /// @throws InvalidArgument for an array that is read-only.
+  TensorView writable() const;
+  const std::vector<std::int64_t>& shape() const noexcept { return shape_; }
+  DataType type() const noexcept { return type_; }
+
+  /// The elements, which are to be u8 (or bool); i64. @throws InvalidArgument for another dtype.
+  std::span<const std::uint8_t> flags() const;
+  std::vector<std::int64_t> indices() const;
+
+ private:
+  std::string name_;
+  std::shared_ptr<void> owner_;
+  const void* data_ = nullptr;
+  DataType type_ = DataType::f32;
+  std::vector<std::int64_t> shape_;
+  bool read_only_ = false;
+};
+
+/// A new array of the library that `like` comes from (torch, NumPy, ...).
+py::object empty_array(const py::handle& like, DataType type,
+                       const std::vector<std::int64_t>& shape);
+
+}  // namespace sida::bindings

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bind.hpp"
+#include "sida/core/moe_config.hpp"
+#include "sida/ffn/slab_layout.hpp"
+
+namespace sida::bindings {
+
+namespace py = pybind11;
+
+void bind_config(py::module_& module) {
+  py::class_<MoeConfig>(module, "MoeConfig", "The shape that all experts of a model share.")
+      .def(py::init([](std::int32_t layers, std::int32_t experts, std::int32_t hidden_size,
+                       std::int32_t intermediate_size, std::int32_t top_k,
+                       const std::string& activation, bool gated, bool up_bias, bool down_bias,
+                       const std::string& dtype) {
+             const MoeConfig config{layers,      experts,
+                                    hidden_size, intermediate_size,
+                                    top_k,       parse_activation(activation),
+                                    gated,       up_bias,
+                                    down_bias,   parse_data_type(dtype)};
+             validate(config);
+             return config;
+           }),
+           py::kw_only(), py::arg("layers"), py::arg("experts"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("top_k") = 1, py::arg("activation") = "relu",
+           py::arg("gated") = false, py::arg("up_bias") = false, py::arg("down_bias") = false,
+           py::arg("dtype") = "f32")
+      .def_readonly("layers", &MoeConfig::layers, "MoE layers of the model.")
+      .def_readonly("experts", &MoeConfig::experts, "Experts in each layer.")
+      .def_readonly("hidden_size", &MoeConfig::hidden_size)
+      .def_readonly("intermediate_size", &MoeConfig::intermediate_size)
+      .def_readonly("top_k", &MoeConfig::top_k, "Experts that a token is routed to.")
+      .def_property_readonly(
+          "activation",
+          [](const MoeConfig& config) { return std::string(name_of(config.activation)); })
+      .def_readonly("gated", &MoeConfig::gated)
+      .def_readonly("up_bias", &MoeConfig::up_bias)
+      .def_readonly("down_bias", &MoeConfig::down_bias)
+      .def_property_readonly(
+          "dtype", [](const MoeConfig& config) { return std::string(name_of(config.dtype)); },
+          "Of weights and hidden states: f32, f16, bf16 or f64.")
+      .def_property_readonly(
+          "slab_bytes", [](const MoeConfig& config) { return SlabLayout(config).slab_bytes; },
+          "Bytes of fast memory that one expert takes.")
+      .def_property_readonly("total_experts", &MoeConfig::total_experts)
+      .def("__eq__", [](const MoeConfig& a, const MoeConfig& b) { return a == b; })
+      .def("__repr__", [](const MoeConfig& config) {
+        return "MoeConfig(layers=" + std::to_string(config.layers) +
+               ", experts=" + std::to_string(config.experts) +
+               ", hidden_size=" + std::to_string(config.hidden_size) +
+               ", intermediate_size=" + std::to_string(config.intermediate_size) +
+               ", top_k=" + std::to_string(config.top_k) + ", activation='" +
+               std::string(name_of(config.activation)) +
+               "', gated=" + (config.gated ? "True" : "False") +
+               ", up_bias=" + (config.up_bias ? "True" : "False") +
+               ", down_bias=" + (config.down_bias ? "True" : "False") + ", dtype='" +
+               std::string(name_of(config.dtype)) + "')";
+      });
+}
+
+}  // namespace sida::bindings

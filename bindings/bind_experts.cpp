@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "array.hpp"
+#include "bind.hpp"
+#include "engine.hpp"
+
+namespace sida::bindings {
+namespace {
+
+py::object output_for(const py::object& out, const py::object& hidden_states, const Array& hidden) {
+  return out.is_none() ? empty_array(hidden_states, hidden.type(), hidden.shape()) : out;
+}
+
+py::object forward(AnyExperts& self, const py::object& hidden_states, const py::object& top_k_index,
+                   const py::object& top_k_weights, const py::object& out) {
+  const Array hidden(hidden_states, "hidden_states");
+  const Array ids(top_k_index, "top_k_index");
+  const Array weights(top_k_weights, "top_k_weights");
+  const py::object result = output_for(out, hidden_states, hidden);
+  const TensorView view = Array(result, "out").writable();
+  const py::gil_scoped_release unlocked;
+  self.forward(hidden.view(), ids.view(), weights.view(), view);
+  return result;
+}
+
+py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
+                             const py::object& out) {
+  const Array hidden(hidden_states, "hidden_states");
+  const py::object result = output_for(out, hidden_states, hidden);
+  const TensorView view = Array(result, "out").writable();
+  const py::gil_scoped_release unlocked;
+  self.forward_predicted(hidden.view(), view);
+  return result;
+}
+
+}  // namespace
+
+void bind_experts(py::module_& module) {
+  py::class_<AnyExperts, std::shared_ptr<AnyExperts>>(
+      module, "OffloadedExperts",
+      "The experts of one MoE layer. Calls from several threads take turns.")
+      .def(
+          py::init([](AnyScheduler& scheduler, std::int32_t layer, int threads, bool skip_padding) {
+            const int chosen =
+                threads > 0 ? threads
+                            : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+            return scheduler.make_experts(layer, chosen, skip_padding);
+          }),
+          py::arg("scheduler"), py::arg("layer"), py::kw_only(), py::arg("threads") = 0,
+          py::arg("skip_padding") = false)
+      .def("forward", &forward, py::arg("hidden_states"), py::arg("top_k_index"),
+           py::arg("top_k_weights"), py::kw_only(), py::arg("out") = py::none(),
+           "out[t] = sum over j of weights[t, j] * expert index[t, j] (hidden[t]).")
+      .def("forward_predicted", &forward_predicted, py::arg("hidden_states"), py::kw_only(),
+           py::arg("out") = py::none(),
+           "As forward, with experts and scales from the pass's hash table.")
+      .def("has_prediction", &AnyExperts::has_prediction,
+           "Whether the pass's hash table foretells this layer.")
+      .def("set_threads", &AnyExperts::set_threads, py::arg("threads"),
+           py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace sida::bindings

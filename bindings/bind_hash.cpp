@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "array.hpp"
+#include "bind.hpp"
+#include "sida/hash/batch_key.hpp"
+#include "sida/hash/hash_predictor_cpu.hpp"
+#include "sida/io/hash_table_file.hpp"
+#include "sida/io/predictor_file.hpp"
+
+namespace sida::bindings {
+namespace {
+
+template <class T>
+std::vector<T> copied(const py::array_t<T, py::array::c_style | py::array::forcecast>& array) {
+  return {array.data(), array.data() + array.size()};
+}
+
+// A copy: the table may go before the array does.
+template <class T>
+py::array_t<T> shaped(const HashTable& table, const std::vector<T>& values) {
+  py::array_t<T> array(std::vector<py::ssize_t>{table.layers, table.tokens(), table.candidates});
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
+}
+
+std::vector<std::uint8_t> mask_of(const py::object& mask, std::int64_t tokens) {
+  if (mask.is_none()) return {};
+  const Array array(mask, "mask");
+  SIDA_EXPECTS(array.view().elements() == tokens, "mask: expected " + std::to_string(tokens) +
+                                                      " elements, got " + array.view().describe());
+  if (array.type() == DataType::u8) return {array.flags().begin(), array.flags().end()};
+  std::vector<std::uint8_t> flags;
+  for (const std::int64_t value : array.indices()) flags.push_back(value != 0);
+  return flags;
+}
+
+void bind_table(py::module_& module) {
+  using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+  py::class_<HashTable>(
+      module, "HashTable",
+      "For every MoE layer and token, which experts will be active and with what scale.")
+      .def(py::init(
+               [](std::int32_t layers, std::int32_t candidates,
+                  const std::vector<std::uint64_t>& keys, const std::vector<std::int64_t>& offsets,
+                  const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& ids,
+                  const Floats& probs, const Floats& scale) {
+                 HashTable table{layers,      candidates,    keys,         offsets,
+                                 copied(ids), copied(probs), copied(scale)};
+                 SIDA_EXPECTS(!table.offsets.empty(),
+                              "offsets: expected one more than keys, got none");
+                 table.validate();
+                 return table;
+               }),
+           py::kw_only(), py::arg("layers"), py::arg("candidates"), py::arg("keys"),
+           py::arg("offsets"), py::arg("ids"), py::arg("probs"), py::arg("scale"))
+      .def_static("load", &load_hash_table, py::arg("path"),
+                  py::call_guard<py::gil_scoped_release>(),
+                  "The table in a file that save() or a handle's record() wrote.")
+      .def(
+          "save",
+          [](const HashTable& table, const std::filesystem::path& path) {
+            save_hash_table(path, table);
+          },
+          py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+          "Writes the table, whole or not at all.")
+      .def(
+          "find",
+          [](const HashTable& table, std::uint64_t key) -> std::optional<HashTable> {
+            const auto batch = table.find(key);
+            return batch ? std::optional(table.slice(*batch)) : std::nullopt;
+          },
+          py::arg("key"), "The table of the first batch with this key alone, or None.")
+      .def("slice", &HashTable::slice, py::arg("batch"), "The table of one batch alone.")
+      .def("__len__", &HashTable::batches, "Number of batches.")
+      .def_readonly("layers", &HashTable::layers)
+      .def_readonly("candidates", &HashTable::candidates)
+      .def_property_readonly("tokens", &HashTable::tokens)
+      .def_readonly("keys", &HashTable::keys)
+      .def_readonly("offsets", &HashTable::offsets)
+      .def_property_readonly(
+          "ids", [](const HashTable& table) { return shaped(table, table.ids); },
+          "int32 [layers, tokens, candidates]; -1: nothing is foretold.")
+      .def_property_readonly(
+          "probs", [](const HashTable& table) { return shaped(table, table.probs); },
+          "float32 [layers, tokens, candidates].")
+      .def_property_readonly(
+          "scale", [](const HashTable& table) { return shaped(table, table.scale); },
+          "float32 [layers, tokens, candidates]: what the router would return as weight.")
+      .def("__repr__", [](const HashTable& table) {
+        return "HashTable(" + std::to_string(table.batches()) + " batches, " +
+               std::to_string(table.layers) + " layers, " + std::to_string(table.tokens()) +
+               " tokens, " + std::to_string(table.candidates) + " candidates)";
+      });
+}
+
+void bind_predictor(py::module_& module) {
+  using Predictor = HashPredictor<CpuBackend>;
+  py::class_<Predictor>(module, "HashPredictor",
+                        "Foretells routing from token embeddings. Thread-safe.")
+      .def_static(
+          "load", [](const std::filesystem::path& path) { return Predictor(load_predictor(path)); },
+          py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+          "The predictor in a file that train_predictor(...).save() wrote.")
+      .def(
+          "predict",
+          [](const Predictor& predictor, const py::object& embeddings, const py::object& mask,
+             std::uint64_t key, std::int32_t candidates) {
+            const Array array(embeddings, "embeddings");
+            const auto& shape = array.shape();
+            const auto flags = mask_of(mask, shape.size() == 3 ? shape[0] * shape[1] : 0);
+            const py::gil_scoped_release unlocked;
+            return predictor.predict(array.view(), flags, key, candidates);
+          },
+          py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(), py::arg("key") = 0,
+          py::arg("candidates") = 8,
+          "HashTable of one batch from embeddings float32 [B, S, D] and mask [B, S] (nonzero: "
+          "token).")
+      .def_property_readonly("kind", [](const Predictor& p) { return p.weights().kind; })
+      .def_property_readonly(
+          "heads", [](const Predictor& p) { return p.weights().heads; },
+          "The MoE layers that are foretold.")
+      .def_property_readonly("layers", [](const Predictor& p) { return p.weights().layers; })
+      .def_property_readonly("experts", [](const Predictor& p) { return p.weights().experts; })
+      .def_property_readonly("embedding_size",
+                             [](const Predictor& p) { return p.weights().embedding_size; })
+      .def_property_readonly(
+          "fingerprint", [](const Predictor& p) { return p.weights().fingerprint; },
+          "Of the model that it was trained on.");
+}
+
+}  // namespace
+
+void bind_hash(py::module_& module) {
+  bind_table(module);
+  bind_predictor(module);
+  module.def(
+      "batch_key",
+      [](const py::object& ids, const py::object& mask) {
+        const Array array(ids, "ids");
+        return batch_key(array.indices(), mask_of(mask, array.view().elements()));
+      },
+      py::arg("ids"), py::arg("mask") = py::none(),
+      "Key by which a hash table finds its batch, from token ids and attention mask.");
+}
+
+}  // namespace sida::bindings

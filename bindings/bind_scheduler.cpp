@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "array.hpp"
+#include "bind.hpp"
+#include "budget.hpp"
+#include "engine.hpp"
+#include "sida/io/trace_json.hpp"
+
+namespace sida::bindings {
+namespace {
+
+// At interpreter exit threads that wait for the GIL would never get it: all schedulers are closed
+// before.
+class LiveSchedulers {
+ public:
+  void add(const std::shared_ptr<AnyScheduler>& scheduler) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(schedulers_, [](const auto& other) { return other.expired(); });
+    schedulers_.push_back(scheduler);
+  }
+  void close() {
+    std::vector<std::weak_ptr<AnyScheduler>> all;
+    {
+      const std::lock_guard lock(mutex_);
+      all.swap(schedulers_);
+    }
+    for (const auto& weak : all)
+      if (const auto scheduler = weak.lock()) scheduler->close();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::weak_ptr<AnyScheduler>> schedulers_;
+};
+
+LiveSchedulers& live() {
+  static LiveSchedulers schedulers;
+  return schedulers;
+}
+
+// `source` is called, and in the end let go, on threads that do not hold the GIL.
+HashBuilder::Source source_of(py::function function, std::weak_ptr<AnyScheduler> scheduler) {
+  const auto let_go = [](py::function* held) {
+    const py::gil_scoped_acquire locked;
+    delete held;
+  };
+  const std::shared_ptr<py::function> held(new py::function(std::move(function)), let_go);
+  return [held, scheduler]() -> std::optional<HashTable> {
+    const double begin = Trace::now();
+    std::optional<HashTable> table;
+    {
+      const py::gil_scoped_acquire locked;
+      const py::object result = (*held)();
+      if (!result.is_none()) table = result.cast<HashTable>();
+    }
+    if (const auto owner = scheduler.lock()) owner->note_hash_building(begin, Trace::now());
+    return table;
+  };
+}
+
+py::dict dict_of(const LayerStats& stats) {
+  py::dict dict;
+  dict["calls"] = stats.calls;
+  dict["predicted_calls"] = stats.predicted_calls;
+  dict["uses"] = stats.uses;
+  dict["hits"] = stats.hits;
+  dict["late"] = stats.late;
+  dict["misses"] = stats.misses;
+  dict["stall_seconds"] = stats.stall_seconds;
+  return dict;
+}
+
+py::dict dict_of(const CacheStats& stats) {
+  py::dict dict = dict_of(stats.total);
+  dict["loads"] = stats.loads;
+  dict["prefetches"] = stats.prefetches;
+  dict["wasted"] = stats.wasted;
+  dict["failed_prefetches"] = stats.failed_prefetches;
+  dict["bytes_moved"] = stats.bytes_moved;
+  dict["bytes_wasted"] = stats.bytes_wasted;
+  dict["passes"] = stats.passes;
+  dict["tables"] = stats.tables;
+  py::list layers;
+  for (const LayerStats& layer : stats.layers) layers.append(dict_of(layer));
+  dict["layers"] = layers;
+  return dict;
+}
+
+std::vector<std::uint8_t> flags_of(const py::object& mask) {
+  if (mask.is_none()) return {};
+  const Array array(mask, "mask");
+  if (array.type() == DataType::u8) return {array.flags().begin(), array.flags().end()};
+  std::vector<std::uint8_t> flags;
+  for (const std::int64_t value : array.indices()) flags.push_back(value != 0);
+  return flags;
+}
+
+std::shared_ptr<AnyScheduler> make_scheduler(AnyCache& cache, int transfer_threads,
+                                             std::size_t chunk_bytes, std::int64_t uses_ahead,
+                                             double threshold) {
+  SchedulerOptions options;
+  options.transfers = {transfer_threads, chunk_bytes, uses_ahead};
+  options.threshold = threshold;
+  auto scheduler = cache.make_scheduler(options);
+  live().add(scheduler);
+  return scheduler;
+}
+
+}  // namespace
+
+void bind_scheduler(py::module_& module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  const SchedulerOptions defaults;
+  py::class_<AnyScheduler, std::shared_ptr<AnyScheduler>>(
+      module, "OffloadScheduler",
+      "Brings experts to fast memory ahead of use. Passes and layer calls come one after the "
+      "other; stats(), trace() "
+      "and close() may be called from any thread at any time.")
+      .def(py::init(&make_scheduler), py::arg("cache"), py::kw_only(),
+           py::arg("transfer_threads") = defaults.transfers.threads,
+           py::arg("chunk_bytes") = defaults.transfers.chunk_bytes,
+           py::arg("uses_ahead") = defaults.transfers.uses_ahead,
+           py::arg("threshold") = defaults.threshold)
+      .def(
+          "start",
+          [](const std::shared_ptr<AnyScheduler>& self, py::function source, std::size_t ahead) {
+            auto callable = source_of(std::move(source), self);
+            const py::gil_scoped_release unlocked;
+            self->start(std::move(callable), ahead);
+          },
+          py::arg("source"), py::kw_only(), py::arg("ahead") = 16,
+          "Starts the hash-building thread: it calls source() for one HashTable after the other, "
+          "None at the end.")
+      .def("next_batch", &AnyScheduler::next_batch, Unlocked(),
+           "Begins the pass of the oldest table that was built ahead; False at the end.")
+      .def("stop", &AnyScheduler::stop, Unlocked(),
+           "Ends the hash-building thread and forgets its tables.")
+      .def(
+          "begin_pass",
+          [](AnyScheduler& self, std::optional<HashTable> table, std::uint64_t key,
+             const py::object& mask) {
+            const auto flags = flags_of(mask);
+            const py::gil_scoped_release unlocked;
+            self.begin_pass(std::move(table), key, flags);
+          },
+          py::arg("table") = py::none(), py::kw_only(), py::arg("key") = 0,
+          py::arg("mask") = py::none(), "Begins a pass with a table of the caller's, or none.")
+      .def(
+          "set_mask",
+          [](AnyScheduler& self, const py::object& mask) { self.set_mask(flags_of(mask)); },
+          py::arg("mask"), "Gives the pass at hand its mask (nonzero: token).")
+      .def("end_pass", &AnyScheduler::end_pass, Unlocked())
+      .def(
+          "current_table",
+          [](const AnyScheduler& self) {
+            return self.table() ? std::optional(*self.table()) : std::nullopt;
+          },
+          "A copy of the hash table of the pass at hand, or None.")
+      .def("current_key", &AnyScheduler::key)
+      .def("stats", [](const AnyScheduler& self) { return dict_of(self.stats()); })
+      .def("reset_stats", &AnyScheduler::reset_stats, Unlocked())
+      .def(
+          "trace",
+          [](AnyScheduler& self, const std::filesystem::path& path) {
+            write_trace_json(path, self.trace());
+          },
+          py::arg("path"), Unlocked(),
+          "Writes what happened since reset_stats() as a trace for Perfetto.")
+      .def("record", &AnyScheduler::recorded, Unlocked(),
+           "The routing since reset_stats() as a HashTable.")
+      .def(
+          "resize",
+          [](AnyScheduler& self, const py::object& memory) {
+            const Budget budget = budget_of(memory);
+            const py::gil_scoped_release unlocked;
+            self.resize(budget);
+          },
+          py::arg("memory"))
+      .def("close", &AnyScheduler::close, Unlocked(), "Ends all threads. Idempotent.");
+  module.def(
+      "_close_all", [] { live().close(); }, Unlocked());
+  py::module_::import("atexit").attr("register")(module.attr("_close_all"));
+}
+
+}  // namespace sida::bindings

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "array.hpp"
+#include "bind.hpp"
+#include "engine.hpp"
+#include "sida/cache/array_store.hpp"
+#include "sida/cache/throttled_store.hpp"
+#include "sida/ffn/slab_layout.hpp"
+#include "sida/io/checkpoint_store.hpp"
+
+namespace sida::bindings {
+namespace {
+
+Store open_store(const std::filesystem::path& path,
+                 const std::optional<std::vector<std::string>>& layers,
+                 const std::optional<std::string>& dtype, const std::optional<MoeConfig>& config) {
+  ExpertSearch search;
+  if (layers) search.layers = *layers;
+  if (dtype) search.dtype = parse_data_type(*dtype);
+  search.config = config;
+  const auto store = CheckpointStore::open(path, search);
+  return {store, store->config(), store->layer_names()};
+}
+
+// The arrays of the experts, kept as long as the store.
+using Arrays = std::vector<Array>;
+
+void add_part(const py::handle& object, const std::string& name, const MoeConfig& config,
+              const std::vector<std::int64_t>& shape, std::size_t offset, Arrays& arrays,
+              std::vector<ArrayPart>& parts) {
+  Array array(object, name);
+  const ConstTensorView view = array.view();
+  const ConstTensorView expected{nullptr, config.dtype, shape};
+  SIDA_EXPECTS(view.type == config.dtype && view.shape == shape,
+               name + ": expected " + expected.describe() + ", got " + view.describe());
+  if (view.bytes() > 0) parts.push_back({offset, view.data, view.bytes()});
+  arrays.push_back(std::move(array));
+}
+
+std::vector<ArrayPart> parts_of(const py::sequence& expert, const std::string& where,
+                                const MoeConfig& config, const SlabLayout& layout, Arrays& arrays) {
+  SIDA_EXPECTS(py::len(expert) == 4, where + ": expected (up, down, up_bias, down_bias), got " +
+                                         std::to_string(py::len(expert)) + " entries");
+  const std::int64_t hidden = config.hidden_size;
+  const std::int64_t intermediate = config.intermediate_size;
+  const std::int64_t up_rows = config.gated ? 2 * intermediate : intermediate;
+  std::vector<ArrayPart> parts;
+  const auto add = [&](std::size_t index, const char* name, bool present,
+                       const std::vector<std::int64_t>& shape, std::size_t offset) {
+    const py::object part = expert[index];
+    SIDA_EXPECTS(part.is_none() != present, where + ": " + name + ": expected " +
+                                                (present ? "an array" : "None") +
+                                                ", as the config says");
+    if (present) add_part(part, where + ": " + name, config, shape, offset, arrays, parts);
+  };
+  add(0, "up", true, {up_rows, hidden}, layout.up_offset);
+  add(1, "down", true, {hidden, intermediate}, layout.down_offset);
+  add(2, "up_bias", config.up_bias, {up_rows}, layout.up_bias_offset);
+  add(3, "down_bias", config.down_bias, {hidden}, layout.down_bias_offset);
+  return parts;
+}
+
+Store store_of_arrays(const MoeConfig& config, const py::sequence& layers) {
+  const SlabLayout layout(config);
+  SIDA_EXPECTS(static_cast<std::int32_t>(py::len(layers)) == config.layers,
+               "experts: expected " + std::to_string(config.layers) + " layers, got " +
+                   std::to_string(py::len(layers)));
+  auto arrays = std::make_shared<Arrays>();
+  std::vector<std::vector<ArrayPart>> parts;
+  std::vector<std::string> names;
+  for (std::size_t l = 0; l < py::len(layers); ++l) {
+    const py::sequence experts = layers[l];
+    SIDA_EXPECTS(static_cast<std::int32_t>(py::len(experts)) == config.experts,
+                 "experts: expected " + std::to_string(config.experts) + " in layer " +
+                     std::to_string(l) + ", got " + std::to_string(py::len(experts)));
+    for (std::size_t e = 0; e < py::len(experts); ++e)
+      parts.push_back(parts_of(experts[e],
+                               "layer " + std::to_string(l) + ", expert " + std::to_string(e),
+                               config, layout, *arrays));
+    names.push_back("layer" + std::to_string(l));
+  }
+  return {std::make_shared<ArrayStore>(config.layers, config.experts, layout.slab_bytes,
+                                       std::move(parts), arrays),
+          config, names};
+}
+
+}  // namespace
+
+void bind_store(py::module_& module) {
+  py::class_<Store>(module, "ExpertStore",
+                    "The slow tier: every expert of a model, read from files or arrays as it is "
+                    "needed. Thread-safe.")
+      .def_static(
+          "open", &open_store, py::arg("path"), py::kw_only(), py::arg("layers") = py::none(),
+          py::arg("dtype") = py::none(), py::arg("config") = py::none(),
+          py::call_guard<py::gil_scoped_release>(),
+          "The experts of a checkpoint: a safetensors file, or a folder with one or with shards.")
+      .def_static(
+          "from_arrays", &store_of_arrays, py::arg("config"), py::arg("experts"),
+          "Experts in arrays: [layer][expert] -> (up, down, up_bias, down_bias), used in place.")
+      .def(
+          "throttled",
+          [](const Store& self, double bytes_per_second, double latency_seconds) {
+            return Store{
+                std::make_shared<ThrottledStore>(self.store, bytes_per_second, latency_seconds),
+                self.config, self.layer_names};
+          },
+          py::kw_only(), py::arg("bytes_per_second"), py::arg("latency_seconds") = 0.0,
+          "The same experts behind a link of the stated bandwidth and latency.")
+      .def_readonly("config", &Store::config)
+      .def_readonly("layer_names", &Store::layer_names)
+      .def_property_readonly("slab_bytes",
+                             [](const Store& self) { return self.store->slab_bytes(); })
+      .def_property_readonly(
+          "staging_bytes", [](const Store& self) { return self.store->staging_bytes(); },
+          "Bytes that reading needs beside the destination.")
+      .def(
+          "read",
+          [](const Store& self, std::int32_t layer, std::int32_t expert) {
+            py::array_t<std::uint8_t> slab(static_cast<py::ssize_t>(self.store->slab_bytes()));
+            auto* data = reinterpret_cast<std::byte*>(slab.mutable_data());
+            const py::gil_scoped_release unlocked;
+            self.store->read({layer, expert}, 0, {data, self.store->slab_bytes()});
+            return slab;
+          },
+          py::arg("layer"), py::arg("expert"), "The expert's slab, uint8 [slab_bytes].");
+}
+
+}  // namespace sida::bindings

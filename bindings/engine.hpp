@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sida/cache/budget.hpp"
+#include "sida/cache/cache_stats.hpp"
+#include "sida/cache/expert_store.hpp"
+#include "sida/core/moe_config.hpp"
+#include "sida/core/tensor_view.hpp"
+#include "sida/hash/hash_table.hpp"
+#include "sida/schedule/offload_scheduler.hpp"
+
+namespace sida::bindings {
+
+// Cache, scheduler and layer behind interfaces: Python picks backend and policy by argument, C++ at
+// compile time. engine.cpp has one instantiation for each.
+
+/// What Python calls an ExpertStore: a store, and what its slabs mean.
+struct Store {
+  std::shared_ptr<ExpertStore> store;
+  MoeConfig config;
+  std::vector<std::string> layer_names;
+};
+
+class AnyExperts {
+ public:
+  virtual ~AnyExperts() = default;
+  virtual void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
+                       const ConstTensorView& weights, const TensorView& out) = 0;
+  virtual void forward_predicted(const ConstTensorView& hidden, const TensorView& out) = 0;
+  virtual bool has_prediction() const = 0;
+  virtual void set_threads(int threads) = 0;
+};
+
+class AnyScheduler {
+ public:
+  virtual ~AnyScheduler() = default;
+  virtual const MoeConfig& config() const = 0;
+  virtual void start(HashBuilder::Source source, std::size_t ahead) = 0;
+  virtual bool next_batch() = 0;
+  virtual void stop() = 0;
+  virtual void begin_pass(std::optional<HashTable> table, std::uint64_t key,
+                          std::span<const std::uint8_t> mask) = 0;
+  virtual void set_mask(std::span<const std::uint8_t> mask) = 0;
+  virtual void end_pass() = 0;
+  virtual const HashTable* table() const = 0;
+  virtual std::uint64_t key() const = 0;
+  virtual CacheStats stats() const = 0;
+  virtual void reset_stats() = 0;
+  virtual std::vector<TraceEvent> trace() = 0;
+  virtual void note_hash_building(double begin, double end) = 0;
+  virtual HashTable recorded() = 0;
+  virtual void resize(const Budget& budget) = 0;
+  virtual void close() = 0;
+  virtual std::shared_ptr<AnyExperts> make_experts(std::int32_t layer, int threads,
+                                                   bool skip_padding) = 0;
+};
+
+class AnyCache {
+ public:
+  virtual ~AnyCache() = default;
+  virtual const Store& store() const = 0;
+  virtual std::string policy() const = 0;
+  virtual std::string device() const = 0;
+  virtual std::int64_t slots() const = 0;
+  virtual std::size_t slot_bytes() const = 0;
+  virtual std::size_t capacity_bytes() const = 0;
+  virtual bool in_place() const = 0;
+  virtual std::vector<ExpertId> resident() const = 0;
+  virtual void resize(const Budget& budget) = 0;
+  virtual std::shared_ptr<AnyScheduler> make_scheduler(const SchedulerOptions& options) = 0;
+};
+
+/// `policy`: fifo, lru, lfu, lookahead or auto; `device`: cpu.
+/// @throws InvalidArgument for other names, and as ExpertCache.
+std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
+                                     const std::string& policy, const std::string& device);
+
+}  // namespace sida::bindings
