@@ -175,7 +175,7 @@ void bind_scheduler(py::module_& module) {
       .def(
           "trace",
           [](AnyScheduler& self, const std::filesystem::path& path) {
-            write_trace_json(path, self.trace());
+            save_trace(path, self.trace());
           },
           py::arg("path"), Unlocked(),
           "Writes what happened since reset_stats() as a trace for Perfetto.")
