@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "array.hpp"
 
+#include <pybind11/stl.h>
+
 #include <cstring>
 #include <utility>
 

@@ -12,6 +12,9 @@ function(sida_own_target target)
   target_link_libraries(${target} PRIVATE sida::sida)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wconversion -Werror
                                            "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    target_compile_options(${target} PRIVATE -Wno-restrict) # false for std::string's operator+
+  endif()
   set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF)
   if(SIDA_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${SIDA_SANITIZE} -fno-omit-frame-pointer
