@@ -75,10 +75,13 @@ def accuracies(classifier: Classifier, predictor: Predictor, texts: Encoded) -> 
 
 def measure(classifier: Classifier, predictor: Predictor, texts: Encoded) -> dict[str, Any]:
     """Figures of one predictor on texts that it was not trained on."""
+    device = next(classifier.parameters()).device
     evaluation = predictor.evaluate(
         classifier.encoder,
         sorted_batches(texts, 256),
-        lambda _encoder, batch: classifier(batch["input_ids"], batch["attention_mask"]),
+        lambda _encoder, batch: classifier(
+            batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        ),
     )
     exact, routed = accuracies(classifier, predictor, texts)
     figures = {
