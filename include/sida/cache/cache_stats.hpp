@@ -36,7 +36,7 @@ struct CacheStats {
   std::vector<LayerStats> layers;
   std::int64_t loads = 0;              ///< experts brought to fast memory, prefetches among them
   std::int64_t prefetches = 0;         ///< loads that no layer was waiting for when they began
-  std::int64_t wasted = 0;             ///< prefetches evicted, or still resident, unread
+  std::int64_t wasted = 0;             ///< prefetches evicted, or left at close, unread
   std::int64_t failed_prefetches = 0;  ///< prefetches given up because the store failed
   std::int64_t bytes_moved = 0;
   std::int64_t bytes_wasted = 0;

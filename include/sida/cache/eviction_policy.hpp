@@ -21,6 +21,9 @@ namespace sida {
 /// - `used(id)`: a layer leased it
 /// - `evicted(id)`: it is no longer resident
 /// - `victim(candidates, forecast)`: the index of the candidate to evict; there is at least one
+///
+/// PrefetchQueue asks the same policy before it brings an expert early. `inserted`, `used` and
+/// `evicted` do not throw but for want of memory.
 // clang-format off
 template <class P>
 concept EvictionPolicy = std::default_initializable<P> && requires(

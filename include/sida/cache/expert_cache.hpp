@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +18,7 @@
 #include "sida/cache/eviction_policy.hpp"
 #include "sida/cache/expert_store.hpp"
 #include "sida/cache/slab_parts.hpp"
+#include "sida/cache/slot_handles.hpp"
 #include "sida/cache/use_forecast.hpp"
 #include "sida/core/error.hpp"
 
@@ -28,56 +28,12 @@ namespace sida {
 ///
 /// Residency only: it loads nothing by itself. A slot is reserved (`reserve`), filled by whoever
 /// reserved it, and committed; a resident expert is pinned by leases and evicted, by `Policy`, when
-/// a slot is needed. Thread-safe; leases and reservations may end on any thread, before the cache.
+/// a slot is needed. Thread-safe; backend and store must outlive it.
 template <Backend B, EvictionPolicy Policy>
 class ExpertCache {
  public:
-  /// A resident expert, pinned in its slot until the lease ends. Move-only.
-  class Lease {
-   public:
-    Lease(Lease&& other) noexcept
-        : cache_(std::exchange(other.cache_, nullptr)), slot_(other.slot_) {}
-    Lease& operator=(Lease&& other) noexcept {
-      std::swap(cache_, other.cache_);
-      std::swap(slot_, other.slot_);
-      return *this;
-    }
-    ~Lease() {
-      if (cache_) cache_->release(slot_);
-    }
-    ExpertId id() const noexcept { return cache_->slots_[slot_].id; }
-    /// The expert's slab; null where the store's own arrays are used in place.
-    const std::byte* slab() const noexcept { return cache_->slab(slot_); }
-
-   private:
-    friend class ExpertCache;
-    Lease(ExpertCache& cache, std::size_t slot) : cache_(&cache), slot_(slot) {}
-    ExpertCache* cache_;
-    std::size_t slot_;
-  };
-
-  /// A slot that an expert is being loaded into. Given up, it is free again. Move-only.
-  class Loading {
-   public:
-    Loading(Loading&& other) noexcept
-        : cache_(std::exchange(other.cache_, nullptr)), slot_(other.slot_) {}
-    Loading& operator=(Loading&& other) noexcept {
-      std::swap(cache_, other.cache_);
-      std::swap(slot_, other.slot_);
-      return *this;
-    }
-    ~Loading() {
-      if (cache_) cache_->give_up(slot_);
-    }
-    ExpertId id() const noexcept { return cache_->slots_[slot_].id; }
-    std::byte* slab() const noexcept { return cache_->arena_.data() + slot_ * cache_->slot_bytes_; }
-
-   private:
-    friend class ExpertCache;
-    Loading(ExpertCache& cache, std::size_t slot) : cache_(&cache), slot_(slot) {}
-    ExpertCache* cache_;
-    std::size_t slot_;
-  };
+  using Lease = SlotLease<ExpertCache>;
+  using Loading = SlotLoading<ExpertCache>;
 
   /// Allocates the arena. With an ArrayStore and a budget for all experts on a backend whose fast
   /// memory is RAM nothing is allocated: the arrays are used in place.
@@ -86,9 +42,10 @@ class ExpertCache {
       : backend_(backend),
         store_(std::move(store)),
         slot_bytes_(store_->slab_bytes()),
+        budget_(budget),
         forecast_(store_->layers(), store_->experts()),
         slot_of_(static_cast<std::size_t>(total_experts()), none) {
-    build(budget);
+    build();
   }
   ExpertCache(const ExpertCache&) = delete;
   ExpertCache& operator=(const ExpertCache&) = delete;
@@ -111,21 +68,22 @@ class ExpertCache {
 
   /// Pins the expert if it is resident. @throws OutOfRange.
   std::optional<Lease> try_lease(ExpertId id) {
-    const std::lock_guard lock(mutex_);
-    return try_lease_locked(id);
+    return locked([&] { return try_lease_locked(id); });
   }
 
   /// A slot to load the expert into: a free one, or the policy's victim's. Nothing if the expert is
   /// resident or loading, or every slot is leased or loading. @throws OutOfRange.
   std::optional<Loading> reserve(ExpertId id) {
-    const std::lock_guard lock(mutex_);
-    return reserve_locked(id, [](ExpertId) { return true; });
+    return locked([&] { return reserve_locked(id, [](ExpertId) { return true; }); });
   }
 
   /// The slot's bytes are there: the expert is resident, and pinned by the lease.
   Lease commit(Loading loading) {
-    const std::lock_guard lock(mutex_);
-    return commit_locked(std::move(loading), false);
+    return locked([&] {
+      const ExpertId id = loading.id();
+      commit_locked(std::move(loading), false);
+      return std::move(*try_lease_locked(id));
+    });
   }
 
   std::vector<ExpertId> resident() const {
@@ -138,23 +96,45 @@ class ExpertCache {
   }
 
   /// Replaces the arena by one of the new budget; every resident expert is dropped. Waits until no
-  /// expert is leased or loading. @throws as the constructor; the cache is then empty but usable.
+  /// expert is leased or loading. @throws as the constructor; the old budget then stands.
   void resize(const Budget& budget) {
     std::unique_lock lock(mutex_);
     budget.slots(total_experts(), slot_bytes_, store_->staging_bytes());  // refuse before anything
+    draining_ = true;
     changed_.wait(lock, [&] { return pinned_ == 0; });
+    draining_ = false;
     for (std::size_t slot = 0; slot < slots_.size(); ++slot) evict(slot);
-    build(budget);
+    const Budget old = std::exchange(budget_, budget);
+    try {
+      build();
+    } catch (...) {
+      budget_ = old;
+      build();
+      throw;
+    }
   }
 
   // What the scheduler does in one step with the cache's lock held.
 
+  enum class Residency { absent, loading, resident };
+
   std::mutex& mutex() const noexcept { return mutex_; }
-  /// Signalled when a lease or a load ends.
+  /// Signalled when a load ends, when a lease ends that somebody waits for, and by the scheduler.
   std::condition_variable& changed() const noexcept { return changed_; }
   UseForecast& forecast() noexcept { return forecast_; }
+  /// True while a resize waits for the slots to be let go.
+  bool draining_locked() const noexcept { return draining_; }
+  /// Whether the end of a lease is to be signalled: somebody waits for a slot.
+  void want_slot_locked(bool wanted) noexcept { slot_wanted_ = wanted; }
+  /// Slots that are neither leased nor loading.
+  std::int64_t unpinned_locked() const noexcept {
+    std::int64_t count = 0;
+    for (const Slot& slot : slots_) count += slot.state != State::loading && slot.leases == 0;
+    return count;
+  }
+  /// Evictions so far of experts that were known to be used again.
+  std::uint64_t regretted_locked() const noexcept { return regretted_; }
 
-  enum class Residency { absent, loading, resident };
   Residency residency_locked(ExpertId id) const {
     const std::size_t slot = slot_of_[checked(id)];
     if (slot == none) return Residency::absent;
@@ -171,50 +151,52 @@ class ExpertCache {
   template <class MayEvict>
   std::optional<Loading> reserve_locked(ExpertId id, MayEvict&& may_evict) {
     if (slot_of_[checked(id)] != none) return std::nullopt;
-    std::size_t slot = none;
-    if (!free_.empty()) {
-      slot = free_.back();
-      free_.pop_back();
-    } else {
+    if (free_.empty()) {
       candidates_.clear();
       for (const Slot& other : slots_)
         if (other.state == State::resident && other.leases == 0) candidates_.push_back(other.id);
       if (candidates_.empty()) return std::nullopt;
-      const ExpertId victim = candidates_[policy_.victim(candidates_, forecast_)];
-      if (!may_evict(victim)) return std::nullopt;
-      slot = slot_of_[checked(victim)];
-      evict(slot);
-      free_.pop_back();
+      const std::size_t choice = policy_.victim(candidates_, forecast_);
+      if (choice >= candidates_.size())
+        throw StateError("the eviction policy '" + std::string(Policy::name()) + "' chose " +
+                         std::to_string(choice) + " of " + std::to_string(candidates_.size()) +
+                         " candidates");
+      if (!may_evict(candidates_[choice])) return std::nullopt;
+      evict(slot_of_[checked(candidates_[choice])]);
     }
+    const std::size_t slot = free_.back();
+    free_.pop_back();
     slots_[slot] = {id, State::loading, 0, false, false};
     slot_of_[checked(id)] = slot;
     ++pinned_;
     return Loading(*this, slot);
   }
-  Lease commit_locked(Loading loading, bool prefetched) {
-    const std::size_t index = std::exchange(loading.cache_, nullptr) ? loading.slot_ : none;
-    Slot& slot = slots_[index];
+  void commit_locked(Loading loading, bool prefetched) {
+    loading.cache_ = nullptr;
+    Slot& slot = slots_[loading.slot_];
     slot.state = State::resident;
     slot.prefetched = prefetched;
     policy_.inserted(slot.id);
     --pinned_;
-    return pin(index);
   }
-  void mark_used_locked(const Lease& lease) {
-    slots_[lease.slot_].read = true;
-    policy_.used(slots_[lease.slot_].id);
+  void give_up_locked(Loading loading) {
+    loading.cache_ = nullptr;
+    free_slot(loading.slot_);
   }
-  /// Prefetches evicted, or still resident, that no layer has read.
-  std::int64_t wasted_locked() const noexcept {
-    std::int64_t unread = wasted_;
-    for (const Slot& slot : slots_)
-      unread += slot.state == State::resident && slot.prefetched && !slot.read;
-    return unread;
-  }
-  std::int64_t evicted_unread_locked() const noexcept { return wasted_; }
+  /// Prefetched experts that were evicted unread.
+  std::int64_t wasted_locked() const noexcept { return wasted_; }
   void reset_wasted_locked() noexcept { wasted_ = 0; }
+  /// Counts the prefetched experts that are resident and unread as wasted: nobody will read them.
+  void waste_unread_locked() noexcept {
+    for (Slot& slot : slots_) {
+      wasted_ += is_unread(slot);
+      slot.read = true;
+    }
+  }
 
  private:
+  friend Lease;
+  friend Loading;
   enum class State : std::uint8_t { empty, loading, resident };
   struct Slot {
     ExpertId id;
@@ -225,6 +207,9 @@ class ExpertCache {
   };
   static constexpr std::size_t none = static_cast<std::size_t>(-1);
 
+  static bool is_unread(const Slot& slot) noexcept {
+    return slot.state == State::resident && slot.prefetched && !slot.read;
+  }
   template <class F>
   auto locked(F&& f) const {
     const std::lock_guard lock(mutex_);
@@ -238,54 +223,47 @@ class ExpertCache {
   const std::byte* slab(std::size_t slot) const noexcept {
     return in_place_ ? nullptr : arena_.data() + slot * slot_bytes_;
   }
-  Lease pin(std::size_t slot) {
+  Lease pin(std::size_t slot) noexcept {
     ++slots_[slot].leases;
     ++pinned_;
     return Lease(*this, slot);
   }
   void release(std::size_t slot) {
-    {
-      const std::lock_guard lock(mutex_);
-      --slots_[slot].leases;
-      --pinned_;
-    }
-    changed_.notify_all();
+    const std::lock_guard lock(mutex_);
+    --slots_[slot].leases;
+    --pinned_;
+    if (slot_wanted_ || draining_) changed_.notify_all();
   }
   void give_up(std::size_t slot) {
-    {
-      const std::lock_guard lock(mutex_);
-      slot_of_[checked(slots_[slot].id)] = none;
-      slots_[slot] = {};
-      free_.push_back(slot);
-      --pinned_;
-    }
+    const std::lock_guard lock(mutex_);
+    free_slot(slot);
+  }
+  void free_slot(std::size_t slot) {
+    slot_of_[checked(slots_[slot].id)] = none;
+    slots_[slot] = {};
+    free_.push_back(slot);
+    --pinned_;
     changed_.notify_all();
   }
   void evict(std::size_t index) {
     Slot& slot = slots_[index];
     if (slot.state != State::resident) return;
-    wasted_ += slot.prefetched && !slot.read;
+    wasted_ += is_unread(slot);
+    regretted_ += forecast_.next_use(slot.id).has_value();
     policy_.evicted(slot.id);
     slot_of_[checked(slot.id)] = none;
     slot = {};
     free_.push_back(index);
   }
-  void build(const Budget& budget) {
+  void build() {
     const auto count = static_cast<std::size_t>(
-        budget.slots(total_experts(), slot_bytes_, store_->staging_bytes()));
+        budget_.slots(total_experts(), slot_bytes_, store_->staging_bytes()));
     slots_.clear();
     free_.clear();
     arena_ = {};
-    in_place_ = B::name() == "cpu" && std::ssize(slot_of_) == static_cast<std::int64_t>(count) &&
+    in_place_ = B::name() == "cpu" && count == slot_of_.size() &&
                 dynamic_cast<const ArrayStore*>(store_.get()) != nullptr;
-    if (!in_place_) {
-      if (count * slot_bytes_ > backend_.available_bytes())
-        throw OutOfMemory("memory: the budget's " + std::to_string(count) + " experts take " +
-                          std::to_string(count * slot_bytes_) + " bytes, but " +
-                          std::string(B::name()) + " has " +
-                          std::to_string(backend_.available_bytes()) + " available");
-      arena_ = Buffer<B>(backend_, count * slot_bytes_);
-    }
+    if (!in_place_) arena_ = allocate(count * slot_bytes_, count);
     slots_.resize(count);
     for (std::size_t slot = count; slot-- > 0;) {
       if (in_place_) {
@@ -296,14 +274,23 @@ class ExpertCache {
         slot_of_[slot] = slot;
         policy_.inserted(slots_[slot].id);
       } else {
-        free_.push_back(slot);
+        free_.push_back(slot);  // the lowest slot last, and so taken first
       }
     }
+  }
+  Buffer<B> allocate(std::size_t bytes, std::size_t experts) const {
+    const std::size_t available = backend_.available_bytes();
+    if (bytes > available)
+      throw OutOfMemory("memory: the budget's " + std::to_string(experts) + " experts take " +
+                        std::to_string(bytes) + " bytes, but " + std::string(B::name()) + " has " +
+                        std::to_string(available) + " available");
+    return Buffer<B>(backend_, bytes);
   }
 
   B& backend_;
   std::shared_ptr<ExpertStore> store_;
   std::size_t slot_bytes_;
+  Budget budget_;
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   UseForecast forecast_;
@@ -315,7 +302,10 @@ class ExpertCache {
   std::vector<ExpertId> candidates_;
   std::int64_t pinned_ = 0;  // leases and loads under way
   std::int64_t wasted_ = 0;
+  std::uint64_t regretted_ = 0;
   bool in_place_ = false;
+  bool slot_wanted_ = false;
+  bool draining_ = false;
 };
 
 }  // namespace sida

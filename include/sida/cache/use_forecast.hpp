@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -13,7 +12,8 @@
 
 namespace sida {
 
-/// What is known of future uses. Time is counted in steps: one step is one layer of one pass.
+/// What is known of future uses. Time is counted in steps: one step is one layer of one pass, and
+/// step s is of layer s mod layers.
 ///
 /// The scheduler writes it (uses foretold by hash tables, the needs of the layer at hand), eviction
 /// and prefetching read it. Not thread-safe: guarded by the cache that holds it.
@@ -25,65 +25,77 @@ class UseForecast {
       : layers_(layers),
         experts_(experts),
         steps_(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts)),
-        uses_(steps_.size(), 0),
-        passes_(static_cast<std::size_t>(layers), 0) {}
+        counts_(steps_.size(), 0.0),
+        horizons_(static_cast<std::size_t>(layers), -1) {}
 
   /// The step of the layer at hand, or of the one that comes next.
   Step now() const noexcept { return now_; }
 
   /// The next step at which the expert is known to be used, `now()` included.
-  std::optional<Step> next_use(ExpertId id) const noexcept {
-    const std::deque<Step>& steps = steps_[index(id)];
-    if (steps.empty()) return std::nullopt;
-    return steps.front();
+  std::optional<Step> next_use(ExpertId id) const noexcept { return known_after(id, now_ - 1); }
+
+  /// The step of the expert's next use: known, or else estimated from how often passes used it, and
+  /// then beyond everything that is known of its layer. Comparable between experts.
+  double expected_use(ExpertId id) const noexcept { return expected_use_after(id, now_ - 1); }
+
+  /// The same for the first use after `step`.
+  double expected_use_after(ExpertId id, Step step) const noexcept {
+    if (const auto known = known_after(id, step)) return static_cast<double>(*known);
+    // The walk has to come to the layer again, and then 1 / frequency times until it is this one.
+    const Step after = std::max({step, begun_, horizons_[static_cast<std::size_t>(id.layer)]});
+    const Step again = after + 1 + ((id.layer - after - 1) % layers_ + layers_) % layers_;
+    const double passes = (passes_ + 1) / (counts_[index(id)] + 0.5);
+    return static_cast<double>(again) + layers_ * std::max(passes - 1, 0.0);
   }
 
-  /// Time until the expert's next use: known, or else estimated from how often passes used it, and
-  /// then beyond everything that is known. Comparable between experts.
-  double expected_use(ExpertId id) const noexcept {
-    if (const auto known = next_use(id)) return static_cast<double>(*known);
-    const auto layer = static_cast<std::size_t>(id.layer);
-    const double frequency =
-        (static_cast<double>(uses_[index(id)]) + 0.5) / (static_cast<double>(passes_[layer]) + 1.0);
-    const std::int32_t until = (id.layer - layer_ - 1 + 2 * layers_) % layers_;
-    return static_cast<double>(std::max(horizon_, now_) + 1 + until) +
-           layers_ * (1.0 / std::min(frequency, 1.0) - 1.0);
-  }
-
-  /// Foretells a use. Steps of one expert come in rising order.
+  /// Foretells a use.
   void add(ExpertId id, Step step) {
-    steps_[index(id)].push_back(step);
-    horizon_ = std::max(horizon_, step);
+    std::vector<Step>& steps = steps_[index(id)];
+    steps.insert(std::upper_bound(steps.begin(), steps.end(), step), step);
+    Step& horizon = horizons_[static_cast<std::size_t>(id.layer)];
+    horizon = std::max(horizon, step);
+  }
+
+  /// A pass begins whose first layer is step `step`, which may be one that was passed before. What
+  /// was foretold for steps before is over.
+  void begin_pass(Step step) {
+    advance(step);
+    passes_ += 1;
+    // Old passes fade, so that frequencies follow a change of topic.
+    if (passes_ < 512) return;
+    passes_ /= 2;
+    for (double& count : counts_) count /= 2;
   }
 
   /// Begins the layer at step `step`: what was foretold for it gives way to `needed`.
   void begin_layer(std::int32_t layer, Step step, const std::vector<std::int32_t>& needed) {
     drop_before(layer, step + 1);
-    now_ = step;
-    layer_ = layer;
-    ++passes_[static_cast<std::size_t>(layer)];
+    now_ = begun_ = step;
     for (const std::int32_t expert : needed) {
-      steps_[index({layer, expert})].push_front(step);
-      ++uses_[index({layer, expert})];
+      std::vector<Step>& steps = steps_[index({layer, expert})];
+      steps.insert(steps.begin(), step);
+      counts_[index({layer, expert})] += 1;
     }
   }
 
   /// The expert's rows of the layer at hand are done.
   void done(ExpertId id) noexcept {
-    std::deque<Step>& steps = steps_[index(id)];
-    if (!steps.empty() && steps.front() == now_) steps.pop_front();
+    std::vector<Step>& steps = steps_[index(id)];
+    if (!steps.empty() && steps.front() == now_) steps.erase(steps.begin());
   }
 
-  /// Ends the layer at hand, or moves to a step ahead: what was foretold for before is dropped.
+  /// Moves to a step: what was foretold for steps before is over.
   void advance(Step step) {
-    now_ = std::max(now_, step);
+    now_ = step;
+    begun_ = step - 1;
     for (std::int32_t layer = 0; layer < layers_; ++layer) drop_before(layer, now_);
   }
 
-  /// Forgets all that was foretold; what was counted stays.
-  void forget() {
-    for (std::deque<Step>& steps : steps_) steps.clear();
-    horizon_ = now_;
+  /// Forgets what was foretold for `step` and later; what was counted stays.
+  void forget_from(Step step) {
+    for (std::vector<Step>& steps : steps_)
+      steps.erase(std::lower_bound(steps.begin(), steps.end(), step), steps.end());
+    for (Step& horizon : horizons_) horizon = std::min(horizon, step - 1);
   }
 
  private:
@@ -91,19 +103,25 @@ class UseForecast {
     return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts_) +
            static_cast<std::size_t>(id.expert);
   }
+  std::optional<Step> known_after(ExpertId id, Step step) const noexcept {
+    for (const Step use : steps_[index(id)])
+      if (use > step) return use;
+    return std::nullopt;
+  }
   void drop_before(std::int32_t layer, Step step) {
     for (std::int32_t expert = 0; expert < experts_; ++expert) {
-      std::deque<Step>& steps = steps_[index({layer, expert})];
-      while (!steps.empty() && steps.front() < step) steps.pop_front();
+      std::vector<Step>& steps = steps_[index({layer, expert})];
+      steps.erase(steps.begin(), std::lower_bound(steps.begin(), steps.end(), step));
     }
   }
 
   std::int32_t layers_, experts_;
-  std::vector<std::deque<Step>> steps_;
-  std::vector<std::int64_t> uses_;    // of each expert
-  std::vector<std::int64_t> passes_;  // through each layer
-  Step now_ = 0, horizon_ = 0;
-  std::int32_t layer_ = 0;
+  std::vector<std::vector<Step>> steps_;  // known uses of each expert, ascending
+  std::vector<double> counts_;            // uses of each expert
+  double passes_ = 0;
+  std::vector<Step> horizons_;  // the last step at which something is known of each layer
+  Step now_ = 0;
+  Step begun_ = -1;  // the last step whose layer has begun
 };
 
 }  // namespace sida

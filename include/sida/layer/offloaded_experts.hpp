@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -46,6 +47,7 @@ class OffloadedExperts {
     if (layer < 0 || layer >= scheduler_->layers())
       throw OutOfRange("OffloadedExperts: expected a layer from 0 to " +
                        std::to_string(scheduler_->layers() - 1) + ", got " + std::to_string(layer));
+    if (cache.in_place()) check_arrays();
   }
 
   /// Leave rows of padding (by the pass's mask) out: they come out as zeros.
@@ -64,6 +66,7 @@ class OffloadedExperts {
 
   /// Whether the pass's hash table foretells this layer.
   bool has_prediction() const {
+    const auto turn = scheduler_->turn();
     const HashTable* table = scheduler_->table();
     if (!table || table->tokens() == 0) return table != nullptr;
     const std::size_t begin = table->index(layer_, 0, 0), end = table->index(layer_ + 1, 0, 0);
@@ -74,16 +77,23 @@ class OffloadedExperts {
 
   /// As forward, with experts and scales from the pass's hash table (paper §3.3): the first top_k
   /// candidates of each token. Padding, for which nothing is foretold, comes out as zeros.
-  /// @throws StateError without a table, InvalidArgument if it is of another batch size.
+  /// @throws StateError without a table, or with one that foretells nothing for this layer (see
+  /// has_prediction); InvalidArgument if it is of another batch size or names too few candidates.
   void forward_predicted(const ConstTensorView& hidden, const TensorView& out) {
     const auto turn = scheduler_->turn();
     const HashTable* table = scheduler_->table();
     if (!table) throw StateError("forward_predicted: the pass has no hash table");
+    SIDA_EXPECTS(table->candidates >= config_.top_k,
+                 "forward_predicted: expected a hash table of " + std::to_string(config_.top_k) +
+                     " candidates or more, got " + std::to_string(table->candidates));
+    if (!has_prediction())
+      throw StateError("forward_predicted: the pass's hash table foretells nothing for layer " +
+                       std::to_string(layer_) + "; route it exactly");
     SIDA_EXPECTS(!hidden.shape.empty() && hidden.shape[0] == table->tokens(),
                  "forward_predicted: expected hidden states of the table's " +
                      std::to_string(table->tokens()) + " tokens, got " + hidden.describe());
     const std::int64_t tokens = table->tokens();
-    const std::int32_t k = std::min(config_.top_k, table->candidates);
+    const std::int32_t k = config_.top_k;
     std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens * k), 0);
     std::vector<float> weights(ids.size(), 0.0f);
     for (std::int64_t t = 0, i = 0; t < tokens; ++t) {
@@ -117,7 +127,7 @@ class OffloadedExperts {
     const TokenGroups groups =
         group_tokens(ids, weights, config_.experts, skip_padding ? mask : decltype(mask){});
     ffn_->begin(hidden, groups);
-    record(groups, ids, weights);
+    record(groups, ids, weights, mask);
     auto demand = scheduler_->demand(layer_, groups.experts, counted(groups, mask), predicted);
     std::vector<ExpertTask> tasks;
     for (;;) {
@@ -154,6 +164,29 @@ class OffloadedExperts {
     return weights;
   }
 
+  // Arrays that are used in place must be the parts that the kernels read, whole.
+  void check_arrays() const {
+    const auto& store = static_cast<const ArrayStore&>(scheduler_->cache().store());
+    const std::pair<std::size_t, std::size_t> expected[] = {
+        {layout_.up_offset, layout_.up_bytes},
+        {layout_.down_offset, layout_.down_bytes},
+        {layout_.up_bias_offset, layout_.up_bias_bytes},
+        {layout_.down_bias_offset, layout_.down_bias_bytes}};
+    for (std::int32_t expert = 0; expert < config_.experts; ++expert) {
+      const auto parts = store.parts({layer_, expert});
+      for (const auto& [offset, bytes] : expected) {
+        const auto is_whole = [&, offset = offset, bytes = bytes](const ArrayPart& part) {
+          return part.slab_offset == offset && part.bytes == bytes;
+        };
+        SIDA_EXPECTS(bytes == 0 || std::any_of(parts.begin(), parts.end(), is_whole),
+                     "OffloadedExperts: to be used in place, layer " + std::to_string(layer_) +
+                         "'s expert " + std::to_string(expert) + " needs one array of " +
+                         std::to_string(bytes) + " bytes at byte " + std::to_string(offset) +
+                         " of its slab; join the arrays, or keep fewer than all experts");
+      }
+    }
+  }
+
   // For each active expert, whether a row of it is no padding.
   static std::vector<std::uint8_t> counted(const TokenGroups& groups,
                                            std::span<const std::uint8_t> mask) {
@@ -166,12 +199,14 @@ class OffloadedExperts {
     return flags;
   }
 
-  void record(const TokenGroups& groups, const ConstTensorView& ids,
-              const ConstTensorView& weights) const {
+  // What a perfect predictor would have foretold: nothing for padding.
+  void record(const TokenGroups& groups, const ConstTensorView& ids, const ConstTensorView& weights,
+              std::span<const std::uint8_t> mask) const {
     std::vector<std::int32_t> experts(groups.row_of.size(), -1);
     std::vector<float> scale(groups.row_of.size(), 0.0f);
     for (std::size_t a = 0; a < experts.size(); ++a) {
       if (groups.row_of[a] < 0) continue;
+      if (!mask.empty() && mask[a / static_cast<std::size_t>(groups.top_k)] == 0) continue;
       const auto assignment = static_cast<std::int64_t>(a);
       experts[a] = static_cast<std::int32_t>(detail::load_index(ids, assignment));
       scale[a] = static_cast<float>(detail::load_real(weights, assignment));

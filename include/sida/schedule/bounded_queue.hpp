@@ -18,11 +18,17 @@ class BoundedQueue {
  public:
   explicit BoundedQueue(std::size_t capacity) : capacity_(capacity) {}
 
+  /// Waits until a value could be pushed. False if the queue was closed. For a producer that is to
+  /// begin nothing before there is room for it.
+  bool wait_for_room() {
+    std::unique_lock lock(mutex_);
+    return room(lock);
+  }
+
   /// Waits until there is room. False if the queue was closed: the value was not taken.
   bool push(T value) {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return closed_ || values_.size() < capacity_; });
-    if (closed_) return false;
+    if (!room(lock)) return false;
     values_.push_back(std::move(value));
     changed_.notify_all();
     return true;
@@ -52,16 +58,21 @@ class BoundedQueue {
     changed_.notify_all();
   }
 
-  /// Drops what waits. Returns how many values that were.
-  std::size_t clear() {
+  /// Closes the queue and drops what waits, an exception too.
+  void abandon() {
     const std::lock_guard lock(mutex_);
-    const std::size_t count = values_.size();
+    closed_ = true;
+    error_ = nullptr;
     values_.clear();
     changed_.notify_all();
-    return count;
   }
 
  private:
+  bool room(std::unique_lock<std::mutex>& lock) {
+    changed_.wait(lock, [&] { return closed_ || values_.size() < capacity_; });
+    return !closed_;
+  }
+
   std::size_t capacity_;
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -28,7 +29,7 @@ class Demand {
   using Cache = ExpertCache<B, Policy>;
   using Lease = typename Cache::Lease;
 
-  /// Made by OffloadScheduler::demand. @throws OutOfRange.
+  /// Made by OffloadScheduler::demand. @throws OutOfRange, StateError.
   Demand(Cache& cache, Transfers<B, Policy>& transfers, Trace& trace, const bool& closed,
          std::int32_t layer, std::int64_t step, const std::vector<std::int32_t>& experts,
          std::span<const std::uint8_t> counted, bool predicted)
@@ -41,6 +42,12 @@ class Demand {
     const std::lock_guard lock(cache_.mutex());
     for (const std::int32_t expert : experts)
       cache_.residency_locked({layer, expert});  // throws before anything is changed
+    SIDA_EXPECTS(counted.empty() || counted.size() == experts.size(),
+                 "demand: expected a flag for each of the " + std::to_string(experts.size()) +
+                     " experts, got " + std::to_string(counted.size()));
+    if (transfers_.calls_locked() > 0)
+      throw StateError("demand: the layer call before has not ended");
+    ++transfers_.calls_locked();
     LayerStats& stats = stats_locked();
     ++stats.calls;
     stats.predicted_calls += predicted;
@@ -48,7 +55,7 @@ class Demand {
     for (const std::int32_t expert : experts)
       foretold.push_back(cache_.forecast().next_use({layer, expert}) == step);
     cache_.forecast().begin_layer(layer, step, experts);
-    transfers_.drop_plan_before_locked(step + 1);
+    transfers_.prefetches_locked().drop_before(step + 1);
     for (std::size_t i = 0; i < experts.size(); ++i)
       ask_locked({layer, experts[i]}, foretold[i], counted.empty() || counted[i] != 0, stats);
     cache_.changed().notify_all();
@@ -59,9 +66,11 @@ class Demand {
   ~Demand() {
     std::vector<Lease> dropped;
     const std::lock_guard lock(cache_.mutex());
+    --transfers_.calls_locked();
     transfers_.abandon_locked(awaited_);
     dropped.swap(awaited_->arrived);  // ends after the lock
     to_drop_.swap(dropped);
+    cache_.changed().notify_all();
   }
 
   /// Experts that are resident now, pinned: at least one; waits for it, and the wait is exposed
@@ -69,8 +78,10 @@ class Demand {
   /// @throws what a load threw; StateError when the scheduler is closed meanwhile.
   std::vector<Lease> next_ready() {
     std::unique_lock lock(cache_.mutex());
+    if (closed_) throw StateError("the scheduler was closed during a layer call");
     for (const ExpertId id : handed_out_) cache_.forecast().done(id);
     handed_out_.clear();
+    cache_.changed().notify_all();  // what these held back may go on
     if (resident_.empty() && awaited_->arrived.empty() && !awaited_->missing.empty()) wait(lock);
     if (closed_) throw StateError("the scheduler was closed during a layer call");
     if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
@@ -109,8 +120,14 @@ class Demand {
 
   void wait(std::unique_lock<std::mutex>& lock) {
     const double begin = Trace::now();
-    cache_.changed().wait(lock,
-                          [&] { return closed_ || awaited_->error || !awaited_->arrived.empty(); });
+    cache_.changed().wait(lock, [&] {
+      if (closed_ || awaited_->error || !awaited_->arrived.empty()) return true;
+      if (transfers_.is_stuck_locked())
+        awaited_->error = std::make_exception_ptr(StateError(
+            "next_ready: every slot is leased, so the missing experts can never come; drop the "
+            "leases of a wave before asking for the next"));
+      return awaited_->error != nullptr;
+    });
     const double end = Trace::now();
     stats_locked().stall_seconds += end - begin;
     trace_.add({TraceKind::stall, {layer_, -1}, begin, end, 0, 0});

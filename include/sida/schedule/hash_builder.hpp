@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -11,6 +13,7 @@
 #include "sida/core/error.hpp"
 #include "sida/hash/hash_table.hpp"
 #include "sida/schedule/bounded_queue.hpp"
+#include "sida/schedule/trace.hpp"
 
 namespace sida {
 
@@ -27,35 +30,42 @@ class HashBuilder {
   using Source = std::function<std::optional<HashTable>()>;
   using Announce = std::function<std::int64_t(const HashTable&)>;
 
-  /// Starts the thread. On it, `source` makes each table, nothing at the end; `announce` is told of
-  /// a table as soon as it is there and returns its first step. An exception of either reaches the
-  /// caller of next().
-  HashBuilder(Source source, Announce announce, std::size_t ahead)
-      : queue_(ahead), thread_([this, source = std::move(source), announce = std::move(announce)] {
-          run(source, announce);
+  /// Starts the thread. On it, `source` makes each table, nothing at the end, and is called only
+  /// while fewer than `ahead` tables wait; `announce` is told of a table as soon as it is there and
+  /// returns its first step. An exception of either reaches the caller of next(), behind the tables
+  /// that were built before.
+  HashBuilder(Source source, Announce announce, std::size_t ahead, Trace& trace)
+      : queue_(ahead),
+        thread_([this, source = std::move(source), announce = std::move(announce), &trace] {
+          run(source, announce, trace);
         }) {}
   HashBuilder(const HashBuilder&) = delete;
   HashBuilder& operator=(const HashBuilder&) = delete;
-  /// Waits for a source that is at work.
-  ~HashBuilder() {
-    close();
-    thread_.join();
-  }
+  ~HashBuilder() { stop(); }
 
   /// Waits for the oldest table; nothing at the end.
   std::optional<BuiltTable> next() { return queue_.pop(); }
 
-  /// No further table is begun, and next() gives no more.
-  void close() {
-    queue_.close();
-    queue_.clear();
+  /// No further table is begun, next() gives no more, and the thread has ended: waits for a source
+  /// that is at work. Idempotent, from any other thread.
+  void stop() {
+    queue_.abandon();
+    const std::lock_guard lock(join_mutex_);
+    if (thread_.joinable()) thread_.join();
   }
 
+  /// Whether the caller is the source.
+  bool is_this_thread() const noexcept { return thread_.get_id() == std::this_thread::get_id(); }
+
  private:
-  void run(const Source& source, const Announce& announce) noexcept {
+  void run(const Source& source, const Announce& announce, Trace& trace) noexcept {
     std::exception_ptr error;
     try {
-      while (std::optional<HashTable> table = source()) {
+      while (queue_.wait_for_room()) {
+        const double begin = Trace::now();
+        std::optional<HashTable> table = source();
+        if (!table) break;
+        trace.add({TraceKind::hash_building, {-1, -1}, begin, Trace::now(), 0, 0});
         const std::int64_t step = announce(*table);
         if (!queue_.push({std::move(*table), step})) break;
       }
@@ -66,6 +76,7 @@ class HashBuilder {
   }
 
   BoundedQueue<BuiltTable> queue_;
+  std::mutex join_mutex_;
   std::thread thread_;
 };
 

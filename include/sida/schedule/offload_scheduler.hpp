@@ -53,7 +53,6 @@ class OffloadScheduler {
     SIDA_EXPECTS(options.transfers.threads > 0 && options.transfers.chunk_bytes > 0,
                  "OffloadScheduler: expected one transfer thread or more, and chunks of one byte "
                  "or more");
-    transfers_.stats_locked().layers.resize(static_cast<std::size_t>(layers()));
   }
   OffloadScheduler(const OffloadScheduler&) = delete;
   OffloadScheduler& operator=(const OffloadScheduler&) = delete;
@@ -77,11 +76,14 @@ class OffloadScheduler {
     expect_open();
     if (builder_) throw StateError("start: tables are being built already; call stop() first");
     builder_ = std::make_shared<HashBuilder>(
-        std::move(source), [this](const HashTable& table) { return announce(table); }, ahead);
+        std::move(source), [this](const HashTable& table) { return announce(table); }, ahead,
+        trace_);
   }
 
-  /// Begins the pass of the oldest table that was built ahead; waits for it. False at the end.
-  /// @throws what the source threw; StateError without start() or after close().
+  /// Begins the pass of the oldest table that was built ahead; waits for it. False at the end, or
+  /// when stop() ends the wait.
+  /// @throws what the source threw, behind the tables that it made before; StateError without
+  /// start() or after close().
   bool next_batch() {
     std::shared_ptr<HashBuilder> builder;
     {
@@ -93,52 +95,61 @@ class OffloadScheduler {
     std::optional<BuiltTable> built = builder->next();
     expect_open();
     if (!built) return false;
+    const auto mine = turn();
     const std::uint64_t key = built->table.keys[0];
-    begin(std::move(built->table), key, {}, built->first_step);
+    const std::lock_guard lock(cache_.mutex());
+    last_begun_ = built->first_step;
+    begin_locked(std::move(built->table), key, {});
     return true;
   }
 
-  /// Ends the hash-building thread, waiting for a source that is at work, and forgets its tables.
+  /// Ends the hash-building thread, waiting for a source that is at work, and forgets its tables;
+  /// the pass at hand keeps its own. Not to be called by the source.
   void stop() {
     std::shared_ptr<HashBuilder> builder;
     {
       const std::lock_guard lock(builder_mutex_);
+      if (builder_ && builder_->is_this_thread())
+        throw StateError("the source of hash tables cannot stop its own thread");
       builder = std::exchange(builder_, nullptr);
     }
     if (!builder) return;
-    builder->close();
-    builder.reset();
+    builder->stop();
     const std::lock_guard lock(cache_.mutex());
-    cache_.forecast().forget();
-    transfers_.forget_plan_locked();
+    last_announced_ = last_begun_;
+    cache_.forecast().forget_from(last_begun_ + layers());
+    transfers_.prefetches_locked().drop_from(last_begun_ + layers());
   }
 
-  /// Begins a pass with a table that the caller built, or none. `key` names the batch in what is
-  /// recorded. @throws InvalidArgument if the table is not of one batch and this model.
+  /// Begins a pass with a table that the caller built, or none; tables that were built ahead keep
+  /// their order. `key` names the batch in what is recorded; `mask` is nonzero for tokens, 0 for
+  /// padding, or empty.
+  /// @throws InvalidArgument if the table is not of one batch and this model.
   void begin_pass(std::optional<HashTable> table, std::uint64_t key,
                   std::span<const std::uint8_t> mask) {
+    OffloadPlan plan;
+    if (table) plan = plan_of(*table);
+    const auto mine = turn();
     expect_open();
-    std::int64_t step = 0;
-    if (table) {
-      step = announce(*table, true);
-    } else {
-      const std::lock_guard lock(cache_.mutex());
-      step = between_tables();
-    }
-    begin(std::move(table), key, mask, step);
+    const std::lock_guard lock(cache_.mutex());
+    // It takes the steps of the pass before, which is over, unless no table waits.
+    if (table && last_announced_ == last_begun_) last_announced_ = last_begun_ += layers();
+    begin_locked(std::move(table), key, mask);
+    add_locked(std::move(plan), last_begun_);
   }
 
   /// Gives the pass at hand its mask (nonzero: token), for a table that was built ahead.
-  void set_mask(std::span<const std::uint8_t> mask) { mask_.assign(mask.begin(), mask.end()); }
+  void set_mask(std::span<const std::uint8_t> mask) {
+    const auto mine = turn();
+    mask_.assign(mask.begin(), mask.end());
+  }
 
   /// Ends the pass: its table is forgotten.
   void end_pass() {
+    const auto mine = turn();
     recorder_.end_pass();
-    table_.reset();
-    mask_.clear();
     const std::lock_guard lock(cache_.mutex());
-    cache_.forecast().advance(first_step_ + layers());
-    cache_.changed().notify_all();
+    end_locked();
   }
 
   const HashTable* table() const noexcept { return table_ ? &*table_ : nullptr; }
@@ -155,6 +166,8 @@ class OffloadScheduler {
                              experts, counted, predicted);
   }
 
+  /// What happened since the last reset. Experts that were brought early and not yet read count as
+  /// wasted when they are evicted, or when the scheduler is closed.
   CacheStats stats() const {
     const std::lock_guard lock(cache_.mutex());
     CacheStats stats = transfers_.stats_locked();
@@ -175,23 +188,31 @@ class OffloadScheduler {
     cache_.reset_wasted_locked();
   }
 
-  /// Replaces the cache's arena, between two layer calls. @throws as ExpertCache::resize.
+  /// Replaces the cache's arena, between two layer calls; waits for the one at hand.
+  /// @throws as ExpertCache::resize; StateError from within a layer call, or after close().
   void resize(const Budget& budget) {
     const auto mine = turn();
     expect_open();
+    {
+      const std::lock_guard lock(cache_.mutex());
+      if (transfers_.calls_locked() > 0) throw StateError("resize: a layer call is under way");
+    }
     cache_.resize(budget);
   }
 
-  /// Ends all threads. A layer call under way, and every call that follows, throws StateError.
-  /// Idempotent; from any thread but the hash-building one.
+  /// Ends all threads; waits for a source of tables that is at work. A layer call under way, and
+  /// every call that follows, throws StateError. Idempotent; from any thread but the hash-building
+  /// one.
   void close() {
     {
       const std::lock_guard lock(cache_.mutex());
       closed_ = true;
+      cache_.changed().notify_all();
     }
-    cache_.changed().notify_all();
     stop();
     transfers_.stop();
+    const std::lock_guard lock(cache_.mutex());
+    cache_.waste_unread_locked();
   }
 
  private:
@@ -200,43 +221,56 @@ class OffloadScheduler {
     if (closed_) throw StateError("the scheduler was closed");
   }
 
-  // Passes with a table begin at even multiples of the number of layers, in the order in which the
-  // tables were built; passes without one lie in the gap behind the table that began last.
-  std::int64_t between_tables() const noexcept { return last_begun_ + layers(); }
+  // The pass of the n-th table that was announced begins at step n · layers. A pass without a
+  // table, or with one while others wait, takes the steps of the pass that began last once more.
 
-  std::int64_t announce(const HashTable& table, bool now = false) {
+  /// The uses that a table foretells, with steps from 0.
+  OffloadPlan plan_of(const HashTable& table) const {
     SIDA_EXPECTS(table.batches() == 1 && table.layers == layers(),
                  "expected a hash table of one batch and " + std::to_string(layers()) +
                      " layers, got " + std::to_string(table.batches()) + " batches and " +
                      std::to_string(table.layers) + " layers");
     table.validate(experts());
+    return plan_uses(table, experts(), 0, options_.threshold);
+  }
+  std::int64_t announce(const HashTable& table) {
+    OffloadPlan plan = plan_of(table);
     const std::lock_guard lock(cache_.mutex());
-    const bool others_wait = last_announced_ > last_begun_;
-    const std::int64_t step =
-        now && others_wait ? between_tables() : last_announced_ + 2 * layers();
-    const OffloadPlan plan = plan_uses(table, experts(), step, options_.threshold);
-    if (!(now && others_wait)) {  // a table out of turn serves the routing of its pass alone
-      last_announced_ = step;
-      for (const PlannedUse& use : plan) cache_.forecast().add(use.id, use.step);
-      transfers_.plan_locked(plan);
-      cache_.changed().notify_all();
+    last_announced_ += layers();
+    add_locked(std::move(plan), last_announced_);
+    return last_announced_;
+  }
+  void add_locked(OffloadPlan plan, std::int64_t first_step) {
+    for (PlannedUse& use : plan) {
+      use.step += first_step;
+      cache_.forecast().add(use.id, use.step);
     }
-    return step;
+    transfers_.prefetches_locked().add(plan);
+    cache_.changed().notify_all();
   }
 
-  void begin(std::optional<HashTable> table, std::uint64_t key, std::span<const std::uint8_t> mask,
-             std::int64_t first_step) {
+  void begin_locked(std::optional<HashTable> table, std::uint64_t key,
+                    std::span<const std::uint8_t> mask) {
+    end_locked();
     recorder_.begin_pass(key);
     key_ = key;
     mask_.assign(mask.begin(), mask.end());
     table_ = std::move(table);
-    first_step_ = first_step;
-    const std::lock_guard lock(cache_.mutex());
+    pass_began_ = Trace::now();
+    in_pass_ = true;
     ++transfers_.stats_locked().passes;
     transfers_.stats_locked().tables += table_.has_value();
-    if (table_ && first_step == last_announced_) last_begun_ = first_step;
-    if (table_ && first_step > last_begun_) last_begun_ = first_step;
-    cache_.forecast().advance(first_step);
+    first_step_ = last_begun_;
+    cache_.forecast().begin_pass(first_step_);
+    cache_.changed().notify_all();
+  }
+  void end_locked() {
+    if (!std::exchange(in_pass_, false)) return;
+    trace_.add({TraceKind::pass, {-1, -1}, pass_began_, Trace::now(), 0, 0});
+    table_.reset();
+    mask_.clear();
+    cache_.forecast().advance(first_step_ + layers());
+    transfers_.prefetches_locked().drop_before(first_step_ + layers());
     cache_.changed().notify_all();
   }
 
@@ -244,16 +278,18 @@ class OffloadScheduler {
   SchedulerOptions options_;
   Trace trace_;
   RoutingRecorder recorder_;
-  mutable Transfers<B, Policy> transfers_;
+  Transfers<B, Policy> transfers_;
   std::recursive_mutex turn_;
   std::mutex builder_mutex_;
   std::shared_ptr<HashBuilder> builder_;
   std::optional<HashTable> table_;
   std::vector<std::uint8_t> mask_;
   std::uint64_t key_ = 0;
-  std::int64_t first_step_ = 0;
-  std::int64_t last_announced_ = 0;
-  std::int64_t last_begun_ = 0;
+  double pass_began_ = 0;
+  bool in_pass_ = false;
+  std::int64_t first_step_ = 0;      // of the pass at hand
+  std::int64_t last_announced_ = 0;  // first step of the table built last
+  std::int64_t last_begun_ = 0;      // first step of the table whose pass began last
   bool closed_ = false;
 };
 

@@ -20,8 +20,10 @@ class RoutingRecorder {
   RoutingRecorder(std::int32_t layers, std::size_t capacity_bytes)
       : layers_(layers), capacity_bytes_(capacity_bytes) {}
 
+  /// Begins a pass; the one before has ended.
   void begin_pass(std::uint64_t key) {
     const std::lock_guard lock(mutex_);
+    keep_current();
     current_ = {};
     current_.keys = {key};
     recording_ = true;
@@ -46,6 +48,28 @@ class RoutingRecorder {
 
   void end_pass() {
     const std::lock_guard lock(mutex_);
+    keep_current();
+  }
+
+  /// The passes that have ended as one table, oldest first.
+  HashTable table() const {
+    const std::lock_guard lock(mutex_);
+    const std::vector<HashTable> tables(passes_.begin(), passes_.end());
+    HashTable all = concatenate(tables);
+    if (all.layers == 0) all.layers = layers_;
+    return all;
+  }
+
+  /// Forgets all passes, what was recorded of the present one too.
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    passes_.clear();
+    bytes_ = 0;
+    current_.ids.clear();
+  }
+
+ private:
+  void keep_current() {
     if (recording_ && !current_.ids.empty()) {
       bytes_ += bytes_of(current_);
       passes_.push_back(std::move(current_));
@@ -56,23 +80,6 @@ class RoutingRecorder {
     }
     recording_ = false;
   }
-
-  /// The passes so far as one table, oldest first.
-  HashTable table() const {
-    const std::lock_guard lock(mutex_);
-    const std::vector<HashTable> tables(passes_.begin(), passes_.end());
-    HashTable all = concatenate(tables);
-    if (all.layers == 0) all.layers = layers_;
-    return all;
-  }
-
-  void clear() {
-    const std::lock_guard lock(mutex_);
-    passes_.clear();
-    bytes_ = 0;
-  }
-
- private:
   static std::size_t bytes_of(const HashTable& table) noexcept {
     return table.ids.size() * (sizeof(std::int32_t) + 2 * sizeof(float));
   }

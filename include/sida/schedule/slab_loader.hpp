@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 
 #include "sida/backend/cpu_backend.hpp"
@@ -14,10 +15,10 @@ template <class B>
 class SlabLoader;
 
 /// On the CPU the store reads straight into the slot.
-template <>
-class SlabLoader<CpuBackend> {
+template <std::derived_from<CpuBackend> B>
+class SlabLoader<B> {
  public:
-  explicit SlabLoader(CpuBackend&) noexcept {}
+  explicit SlabLoader(B&) noexcept {}
 
   /// @throws what the store throws.
   void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,

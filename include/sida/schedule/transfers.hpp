@@ -16,7 +16,7 @@
 
 #include "sida/cache/cache_stats.hpp"
 #include "sida/cache/expert_cache.hpp"
-#include "sida/schedule/offload_plan.hpp"
+#include "sida/schedule/prefetch_queue.hpp"
 #include "sida/schedule/slab_loader.hpp"
 #include "sida/schedule/trace.hpp"
 
@@ -31,9 +31,6 @@ struct TransferOptions {
 
 /// The transfer threads: bring experts from the store into the cache's slots. What a layer waits
 /// for comes before what is planned, also between the chunks of a prefetch that is under way.
-///
-/// A prefetch evicts only what is used later than itself. An expert that is known to be used again
-/// makes way only for the next `uses_ahead` uses: reaching further moves more bytes than it hides.
 ///
 /// All state is guarded by the cache's mutex; members ending in _locked expect it to be held.
 template <Backend B, EvictionPolicy Policy>
@@ -50,8 +47,19 @@ class Transfers {
   };
 
   Transfers(B& backend, Cache& cache, const TransferOptions& options, Trace& trace)
-      : cache_(cache), loader_(backend), options_(options), trace_(trace) {
-    for (int i = 0; i < options.threads; ++i) threads_.emplace_back([this, i] { run(i); });
+      : cache_(cache),
+        loader_(backend),
+        options_(options),
+        trace_(trace),
+        prefetches_(cache, options.uses_ahead) {
+    stats_.layers.resize(static_cast<std::size_t>(cache.store().layers()));
+    try {
+      for (int lane = 0; lane < options.threads; ++lane)
+        threads_.emplace_back([this, lane] { run(lane); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
   Transfers(const Transfers&) = delete;
   Transfers& operator=(const Transfers&) = delete;
@@ -62,21 +70,16 @@ class Transfers {
     {
       const std::lock_guard lock(cache_.mutex());
       stopping_ = true;
+      cache_.changed().notify_all();
     }
-    cache_.changed().notify_all();
+    const std::lock_guard lock(join_mutex_);
     for (std::thread& thread : threads_)
       if (thread.joinable()) thread.join();
   }
 
   /// Asks for an expert that a layer needs now and that is not resident.
-  void demand_locked(ExpertId id, std::shared_ptr<Awaited> awaited) {
-    for (Job* job : under_way_) {
-      if (job->id == id) {
-        job->awaited = std::move(awaited);
-        return;
-      }
-    }
-    demands_.push_back({id, std::move(awaited)});
+  void demand_locked(ExpertId id, const std::shared_ptr<Awaited>& awaited) {
+    if (!join_under_way(id, awaited)) demands_.push_back({id, awaited});
   }
 
   /// Forgets the demands of a call that is not waiting any more.
@@ -85,14 +88,15 @@ class Transfers {
     std::erase_if(demands_, [&](const Job& job) { return job.awaited == awaited; });
   }
 
-  void plan_locked(const OffloadPlan& plan) { plan_.insert(plan_.end(), plan.begin(), plan.end()); }
-  void forget_plan_locked() { plan_.clear(); }
-  /// Drops what was planned for steps before `step`.
-  void drop_plan_before_locked(std::int64_t step) {
-    while (!plan_.empty() && plan_.front().step < step) plan_.pop_front();
-  }
+  /// True if nothing is on the way to a call that waits, and nothing can be: no load is under way
+  /// and every slot is leased.
+  bool is_stuck_locked() const { return under_way_.empty() && cache_.unpinned_locked() == 0; }
 
+  /// Layer calls under way: none or one.
+  int& calls_locked() noexcept { return calls_; }
+  PrefetchQueue<Cache>& prefetches_locked() noexcept { return prefetches_; }
   CacheStats& stats_locked() noexcept { return stats_; }
+  const CacheStats& stats_locked() const noexcept { return stats_; }
 
  private:
   struct Job {
@@ -104,39 +108,55 @@ class Transfers {
   void run(int lane) noexcept {
     Lock lock(cache_.mutex());
     while (!stopping_) {
-      const bool served = demands_.empty() ? prefetch(lock, lane) : serve_demand(lock, lane);
-      if (!served && !stopping_) cache_.changed().wait(lock);
+      if (demands_.empty() ? prefetch(lock, lane) : serve_demand(lock, lane)) continue;
+      cache_.want_slot_locked(!demands_.empty());
+      cache_.changed().wait(lock);
     }
   }
 
+  // Loads the oldest demand; false if there is none, or no slot for it.
   bool serve_demand(Lock& lock, int lane) {
-    for (std::size_t i = 0; i < demands_.size(); ++i) {
-      auto loading = cache_.reserve_locked(demands_[i].id, [](ExpertId) { return true; });
-      if (!loading) continue;
-      Job job = std::move(demands_[i]);
-      demands_.erase(demands_.begin() + static_cast<std::ptrdiff_t>(i));
-      load(lock, std::move(*loading), job, lane);
-      return true;
+    if (stopping_ || demands_.empty()) return false;
+    Job job = demands_.front();
+    std::optional<typename Cache::Loading> loading;
+    try {
+      loading = cache_.reserve_locked(job.id, [](ExpertId) { return true; });
+    } catch (...) {  // of the policy
+      job.awaited->error = std::current_exception();
     }
-    return false;
+    // Without a slot, unless somebody else brought the expert or is about to.
+    if (!loading && !job.awaited->error && !join_under_way(job.id, job.awaited) && !hand_over(job))
+      return false;
+    std::erase_if(demands_, [&](const Job& other) {
+      return other.id == job.id && other.awaited == job.awaited;
+    });
+    if (loading)
+      load(lock, std::move(*loading), job, lane);
+    else
+      cache_.changed().notify_all();
+    return true;
   }
 
   bool prefetch(Lock& lock, int lane) {
-    drop_plan_before_locked(cache_.forecast().now());
-    std::int64_t position = 0;
-    for (const PlannedUse& use : plan_) {
-      if (cache_.residency_locked(use.id) == Cache::Residency::absent && !failed(use.id)) {
-        const auto may_evict = [&](ExpertId victim) {
-          const auto next = cache_.forecast().next_use(victim);
-          return !next || (*next > use.step && position < options_.uses_ahead);
-        };
-        auto loading = cache_.reserve_locked(use.id, may_evict);
-        if (!loading) return false;
-        Job job{use.id, nullptr};
-        load(lock, std::move(*loading), job, lane);
-        return true;
-      }
-      ++position;
+    if (cache_.draining_locked()) return false;
+    std::optional<typename Cache::Loading> loading;
+    try {
+      loading = prefetches_.reserve_next();
+    } catch (...) {  // of the policy: the layer that needs the expert meets it again
+      ++stats_.failed_prefetches;
+      prefetches_.drop_from(cache_.forecast().now());
+    }
+    if (!loading) return false;
+    Job job{loading->id(), nullptr};
+    load(lock, std::move(*loading), job, lane);
+    return true;
+  }
+
+  bool join_under_way(ExpertId id, const std::shared_ptr<Awaited>& awaited) {
+    for (Job* job : under_way_) {
+      if (job->id != id) continue;
+      job->awaited = awaited;
+      return true;
     }
     return false;
   }
@@ -152,60 +172,51 @@ class Transfers {
     const std::size_t bytes = cache_.slot_bytes();
     std::size_t done = 0;
     while (done < bytes && !error && !stopping_) {
-      if (!job.awaited && !demands_.empty()) serve_demand(lock, lane);
+      while (!job.awaited && serve_demand(lock, lane)) continue;
       const std::size_t chunk = std::min(options_.chunk_bytes, bytes - done);
       lock.unlock();
       try {
         loader_.load(cache_.store(), job.id, done, chunk, loading.slab());
+        done += chunk;
       } catch (...) {
         error = std::current_exception();
       }
       lock.lock();
-      done += chunk;
     }
     under_way_.erase(place);
     stats_.bytes_moved += static_cast<std::int64_t>(done);
     trace_.add({prefetched ? TraceKind::prefetch : TraceKind::demand_load, job.id, begin,
                 Trace::now(), static_cast<std::int64_t>(done), lane});
-    if (error || done < bytes) {
-      give_up(lock, std::move(loading), job, prefetched, error);
+    if (done < bytes) {
+      cache_.give_up_locked(std::move(loading));
+      failed(job, prefetched, error);
     } else {
-      arrive(lock, cache_.commit_locked(std::move(loading), prefetched), job);
+      cache_.commit_locked(std::move(loading), prefetched);
+      if (is_waited_for(job)) hand_over(job);
     }
     cache_.changed().notify_all();
   }
 
-  void give_up(Lock& lock, typename Cache::Loading loading, const Job& job, bool prefetched,
-               const std::exception_ptr& error) {
+  static bool is_waited_for(const Job& job) noexcept {
+    return job.awaited && !job.awaited->abandoned;
+  }
+  void failed(const Job& job, bool prefetched, const std::exception_ptr& error) {
     if (prefetched && error) {
       ++stats_.failed_prefetches;
-      failed_.push_back(job.id);
-      // Somebody came to wait for it: the load is tried once more, as a demand.
-      if (job.awaited && !job.awaited->abandoned) demands_.push_front(job);
-    } else if (job.awaited) {
+      prefetches_.give_up(job.id);
+      // Somebody came to wait for it: it is tried once more, as a demand.
+      if (is_waited_for(job)) demands_.push_front(job);
+    } else if (is_waited_for(job)) {
       job.awaited->error = error;
     }
-    lock.unlock();
-    { const auto dropped = std::move(loading); }
-    lock.lock();
   }
-
-  void arrive(Lock& lock, typename Cache::Lease lease, const Job& job) {
-    std::erase(failed_, job.id);
-    if (job.awaited && !job.awaited->abandoned) {
-      cache_.mark_used_locked(lease);
-      std::erase(job.awaited->missing, job.id);
-      job.awaited->arrived.push_back(std::move(lease));
-      return;
-    }
-    lock.unlock();
-    { const auto dropped = std::move(lease); }
-    lock.lock();
-  }
-
-  // A prefetch that failed is not tried again by itself, only on demand.
-  bool failed(ExpertId id) const {
-    return std::find(failed_.begin(), failed_.end(), id) != failed_.end();
+  // Pins the expert, which is resident, for the call that waits for it.
+  bool hand_over(const Job& job) {
+    auto lease = cache_.try_lease_locked(job.id);
+    if (!lease) return false;
+    std::erase(job.awaited->missing, job.id);
+    job.awaited->arrived.push_back(std::move(*lease));
+    return true;
   }
 
   Cache& cache_;
@@ -214,10 +225,11 @@ class Transfers {
   Trace& trace_;
   CacheStats stats_;
   std::deque<Job> demands_;
-  std::deque<PlannedUse> plan_;
+  PrefetchQueue<Cache> prefetches_;
   std::list<Job*> under_way_;
-  std::vector<ExpertId> failed_;
+  int calls_ = 0;
   bool stopping_ = false;
+  std::mutex join_mutex_;
   std::vector<std::thread> threads_;
 };
 

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <limits>
+#include <optional>
+
+#include "sida/cache/expert_cache.hpp"
+#include "sida/schedule/offload_plan.hpp"
+
+namespace sida {
+
+/// The uses that hash tables foretell, in the order of the walk through the layers, and which of
+/// them is to be fetched next. Guarded by the cache's mutex.
+///
+/// A prefetch takes a free slot or that of an expert which is used later than itself. Whether an
+/// expert that is known to be used again may make way is a matter of bytes: it does for the next
+/// `uses_ahead` uses, and further ahead if it is used later than everything that the uses in
+/// between leave behind, because then Belady's rule would evict it at that time, too.
+template <class Cache>
+class PrefetchQueue {
+ public:
+  PrefetchQueue(Cache& cache, std::int64_t uses_ahead) : cache_(cache), uses_ahead_(uses_ahead) {}
+
+  void add(const OffloadPlan& plan) {
+    if (plan.empty()) return;
+    const auto later = [](std::int64_t step, const PlannedUse& use) { return step < use.step; };
+    const auto place = std::upper_bound(uses_.begin(), uses_.end(), plan.front().step, later);
+    if (place != uses_.end()) begin_anew();
+    uses_.insert(place, plan.begin(), plan.end());
+  }
+  void drop_before(std::int64_t step) {
+    while (!uses_.empty() && uses_.front().step < step) {
+      uses_.pop_front();
+      if (scanned_ > 0) --scanned_;
+    }
+  }
+  void drop_from(std::int64_t step) {
+    while (!uses_.empty() && uses_.back().step >= step) uses_.pop_back();
+    begin_anew();
+  }
+  /// A load of the expert failed: none of the uses foretold so far brings it early.
+  void give_up(ExpertId id) {
+    std::erase_if(uses_, [&](const PlannedUse& use) { return use.id == id; });
+    begin_anew();
+  }
+
+  /// A slot for the first use whose expert is absent, or nothing if none can be had for it.
+  std::optional<typename Cache::Loading> reserve_next() {
+    UseForecast& forecast = cache_.forecast();
+    drop_before(forecast.now());
+    if (regretted_ != cache_.regretted_locked()) begin_anew();
+    for (; scanned_ < uses_.size(); ++scanned_) {
+      const PlannedUse& use = uses_[scanned_];
+      if (cache_.residency_locked(use.id) == Cache::Residency::absent) {
+        const bool near = scanned_ < static_cast<std::size_t>(uses_ahead_);
+        return cache_.reserve_locked(use.id, [&](ExpertId victim) {
+          const auto next = forecast.next_use(victim);
+          return !next ||
+                 (*next > use.step && (near || static_cast<double>(*next) >= latest_return_));
+        });
+      }
+      latest_return_ = std::max(latest_return_, forecast.expected_use_after(use.id, use.step));
+    }
+    return std::nullopt;
+  }
+
+  /// What is absent again has to be looked at again.
+  void begin_anew() {
+    scanned_ = 0;
+    latest_return_ = -std::numeric_limits<double>::infinity();
+    regretted_ = cache_.regretted_locked();
+  }
+
+ private:
+  Cache& cache_;
+  std::int64_t uses_ahead_;
+  std::deque<PlannedUse> uses_;
+  std::size_t scanned_ = 0;  // uses at the front whose experts are there or under way
+  double latest_return_ = -std::numeric_limits<double>::infinity();  // of these, after their use
+  std::uint64_t regretted_ = 0;
+};
+
+}  // namespace sida
