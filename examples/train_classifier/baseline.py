@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sklearn
-from glosses import read_jsonl
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
+
+from glosses import read_jsonl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classifier import Classifier, load_classifier
-from glosses import Encoded, encode, read_jsonl
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
+
+from classifier import Classifier, load_classifier
+from glosses import Encoded, encode, read_jsonl
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """WordNet's glosses as a text classification set: reading, splitting, tokenizing and batching.
 
-A gloss is the definition of a sense, with its examples; its class is the lexicographer file that the
-sense is kept in (45 files: ``noun.animal``, ``verb.motion``, ``adj.all``, ...).
+A gloss is the definition of a sense, with its examples; its class is the lexicographer file that
+the sense is kept in (45 files: ``noun.animal``, ``verb.motion``, ``adj.all``, ...).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def read_jsonl(path: Path) -> list[Gloss]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized texts: ``ids`` int64 [N, longest] (0 = pad), ``lengths`` int64 [N], ``labels`` int64 [N]."""
+    """Tokenized texts: ``ids`` int64 [N, longest] (0 = pad), ``lengths`` and ``labels`` int64 [N]."""
 
     ids: Tensor
     lengths: Tensor

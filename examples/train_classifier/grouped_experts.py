@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast training of Switch layers: one grouped matrix product for all experts of a layer.
 
-transformers runs the experts in a Python loop with a device synchronisation for each. Here a layer's
-experts are stacked for a while; `hugging_face_state` gives the weights back under transformers'
+transformers runs the experts in a Python loop with a device synchronisation for each. Here a
+layer's experts are stacked for a while; `hugging_face_state` gives the weights back under transformers'
 names, so that nothing of this is needed to use the model.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the data set: WordNet's glosses split into training and held-out parts, and a tokenizer.
 
-Reads an installed WordNet (Debian's ``wordnet-base``), or fetches that package and unpacks it without
-installing it. Writes ``train.jsonl``, ``held_out.jsonl`` and the tokenizer's files.
+Reads an installed WordNet (Debian's ``wordnet-base``), or fetches that package and unpacks it
+without installing it. Writes ``train.jsonl``, ``held_out.jsonl`` and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from glosses import LABELS, is_held_out, read_jsonl, read_wordnet, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from glosses import LABELS, is_held_out, read_jsonl, read_wordnet, write_jsonl
 
 INSTALLED = Path("/usr/share/wordnet")
 
@@ -37,8 +38,8 @@ def find_wordnet(downloads: Path) -> Path:
             subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             raise RuntimeError(
-                "no WordNet found: install Debian's wordnet-base (apt-get install wordnet-base), or "
-                "pass --wordnet with a folder that holds data.noun, data.verb, data.adj, data.adv"
+                "no WordNet found: install Debian's wordnet-base (apt-get install wordnet-base), "
+                "or pass --wordnet with a folder that holds data.noun, data.verb, data.adj, data.adv"
             ) from error
     return unpacked / "usr/share/wordnet"
 

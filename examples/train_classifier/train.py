@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the Switch classifier on the glosses that prepare.py wrote.
 
-The same command on a GPU and on a CPU. Checkpoints are written every so many steps; the same command
-again goes on from the last one. On a CPU a resumed run gives the very same weights.
+The same command on a GPU and on a CPU. Checkpoints are written every so many steps; the same
+command again goes on from the last one. On a CPU a resumed run gives the very same weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 import transformers
-from classifier import Classifier, make_config, round_weights, save_classifier, write_json
-from evaluate import evaluate
-from glosses import LABELS, encode, read_jsonl, training_batches
-from grouped_experts import group_experts, hugging_face_state, record_logits, routing_losses
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, SwitchTransformersEncoderModel
+
+from classifier import Classifier, make_config, round_weights, save_classifier, write_json
+from evaluate import evaluate
+from glosses import LABELS, encode, read_jsonl, training_batches
+from grouped_experts import group_experts, hugging_face_state, record_logits, routing_losses
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
 from classifier import Classifier, load_classifier, write_json
 from glosses import Encoded, encode, epoch_batches, read_jsonl
 from grouped_experts import grouped_experts
 from sida.huggingface.adapter import find_adapter
 from sida.torch import Predictor, train_predictor
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer
 
 
 @dataclass

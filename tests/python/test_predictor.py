@@ -141,7 +141,7 @@ def test_a_damaged_file_is_an_os_error(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "p.safetensors"
-    with pytest.raises(FileNotFoundError, match="p.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"p\.safetensors"):
         load_predictor(path)
     path.write_bytes(b"no such thing")
     with pytest.raises(OSError, match="expected a safetensors file"):
@@ -160,10 +160,10 @@ def test_a_damaged_file_is_an_os_error(tmp_path: Path) -> None:
         {"hidden_size": "-1"},
     ):
         save_file(tensors, path, metadata | change)
-        with pytest.raises(OSError, match="p.safetensors"):
+        with pytest.raises(OSError, match=r"p\.safetensors"):
             load_predictor(path)
     save_file({k: v for k, v in tensors.items() if k != "routing.bias"}, path, metadata)
-    with pytest.raises(OSError, match="routing.bias"):
+    with pytest.raises(OSError, match=r"routing\.bias"):
         load_predictor(path)
 
 

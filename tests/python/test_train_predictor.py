@@ -63,7 +63,7 @@ def test_a_record_is_what_the_routers_said() -> None:
 def test_a_record_needs_every_router_to_run() -> None:
     adapter = make_tiny()
     adapter.routers = lambda: [torch.nn.Identity(), torch.nn.Identity()]  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the router of layers.0 did not run"):
+    with pytest.raises(RuntimeError, match=r"the router of layers\.0 did not run"):
         record_routing(adapter, make_batches(count=1)[0])
 
 

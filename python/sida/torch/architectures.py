@@ -123,6 +123,7 @@ class LstmNetwork(Network):
         self.residual = nn.Linear(hidden_size, hidden_size)
 
     def trunk(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return what the heads read, float32 [B, S, hidden_size]."""
         compressed = F.relu(self.compress(embeddings))
         states, _ = self.lstm(compressed)
         weights = sparsemax(states @ states.transpose(1, 2), mask[:, None, :])
@@ -150,6 +151,7 @@ class TransformerNetwork(Network):
         self.norm = nn.RMSNorm(hidden_size, eps=NORM_EPSILON)
 
     def trunk(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return what the heads read, float32 [B, S, hidden_size]."""
         hidden: Tensor = self.compress(embeddings)
         cosine, sine = _rotary_angles(hidden.shape[1], hidden.shape[2] // ATTENTION_HEADS)
         cosine, sine = cosine.to(hidden.device), sine.to(hidden.device)
@@ -163,6 +165,7 @@ class TokenNetwork(Network):
     """One hidden layer on the token's own embedding: no context, and hardly any cost."""
 
     def trunk(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return what the heads read, float32 [B, S, hidden_size]."""
         return F.relu(self.compress(embeddings))
 
 
