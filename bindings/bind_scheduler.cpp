@@ -52,22 +52,17 @@ LiveSchedulers& live() {
 }
 
 // `source` is called, and in the end let go, on threads that do not hold the GIL.
-HashBuilder::Source source_of(py::function function, std::weak_ptr<AnyScheduler> scheduler) {
+HashBuilder::Source source_of(py::function function) {
   const auto let_go = [](py::function* held) {
     const py::gil_scoped_acquire locked;
     delete held;
   };
   const std::shared_ptr<py::function> held(new py::function(std::move(function)), let_go);
-  return [held, scheduler]() -> std::optional<HashTable> {
-    const double begin = Trace::now();
-    std::optional<HashTable> table;
-    {
-      const py::gil_scoped_acquire locked;
-      const py::object result = (*held)();
-      if (!result.is_none()) table = result.cast<HashTable>();
-    }
-    if (const auto owner = scheduler.lock()) owner->note_hash_building(begin, Trace::now());
-    return table;
+  return [held]() -> std::optional<HashTable> {
+    const py::gil_scoped_acquire locked;
+    const py::object result = (*held)();
+    if (result.is_none()) return std::nullopt;
+    return result.cast<HashTable>();
   };
 }
 
@@ -137,7 +132,7 @@ void bind_scheduler(py::module_& module) {
       .def(
           "start",
           [](const std::shared_ptr<AnyScheduler>& self, py::function source, std::size_t ahead) {
-            auto callable = source_of(std::move(source), self);
+            auto callable = source_of(std::move(source));
             const py::gil_scoped_release unlocked;
             self->start(std::move(callable), ahead);
           },

@@ -65,9 +65,6 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
   CacheStats stats() const override { return scheduler_->stats(); }
   void reset_stats() override { scheduler_->reset_stats(); }
   std::vector<TraceEvent> trace() override { return scheduler_->trace().events(); }
-  void note_hash_building(double begin, double end) override {
-    scheduler_->trace().add({TraceKind::hash_building, {-1, -1}, begin, end, 0, 0});
-  }
   HashTable recorded() override { return scheduler_->recorder().table(); }
   void resize(const Budget& budget) override { scheduler_->resize(budget); }
   void close() override { scheduler_->close(); }

@@ -55,7 +55,6 @@ class AnyScheduler {
   virtual CacheStats stats() const = 0;
   virtual void reset_stats() = 0;
   virtual std::vector<TraceEvent> trace() = 0;
-  virtual void note_hash_building(double begin, double end) = 0;
   virtual HashTable recorded() = 0;
   virtual void resize(const Budget& budget) = 0;
   virtual void close() = 0;
