@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sida does with models of Hugging Face transformers."""
+
+from sida.huggingface.adapter import ExpertAdapter, ExpertLinear, find_adapter
+from sida.huggingface.handle import Offloaded
+from sida.huggingface.loading import from_pretrained
+from sida.huggingface.offload import offload
+
+__all__ = [
+    "ExpertAdapter",
+    "ExpertLinear",
+    "Offloaded",
+    "find_adapter",
+    "from_pretrained",
+    "offload",
+]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model of transformers keeps what sida deals with; one adapter for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from sida.torch.teacher import MoeAdapter
+
+if TYPE_CHECKING:
+    from sida import MoeConfig
+
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden states [T, H], expert ids [T, k], weights [T, k]) to [T, H]."""
+ComputePredicted = Callable[[Tensor], Tensor]
+"""Hidden states [T, H] to [T, H], routed by the hash table of the pass."""
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """One matrix of one expert, and where the model keeps it."""
+
+    module: nn.Module
+    """The module that owns the parameter `weight`."""
+    key: str
+    """The parameter's name below its MoE layer, as checkpoints spell it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of blocks whose call is one pass through its MoE layers."""
+
+    module: nn.Module
+    layers: Sequence[int]
+    """Indices of its MoE layers."""
+    predictable: bool
+    """Whether its routing can be foretold from its embeddings."""
+
+
+class ExpertAdapter(MoeAdapter, Protocol):
+    """What offloading needs of a model beyond what predictors do.
+
+    Whatever `install` changed, `remove` puts back; neither copies weights.
+    """
+
+    def stacks(self) -> list[Stack]:
+        """Return the model's stacks with MoE layers, in the order in which they run."""
+
+    def config(self, dtype: str) -> MoeConfig:
+        """Return the shape of all experts of the model, computed in `dtype`."""
+
+    def has_experts(self) -> bool:
+        """Whether the model holds its experts itself, and no handle has taken them."""
+
+    def experts(self, layer: int) -> list[tuple[ExpertLinear, ExpertLinear]]:
+        """Return up and down projection of every expert of a layer.
+
+        Raises:
+            ValueError: The experts are not the family's own modules, as with LoRA on experts.
+        """
+
+    def install(
+        self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
+    ) -> None:
+        """Let `compute` stand in for a layer's experts.
+
+        Args:
+            layer: Index of the MoE layer.
+            compute: Stands in for the experts; the model's own router calls on it.
+            compute_predicted: Stands in for router and experts both, where it is given.
+        """
+
+    def remove(self, layer: int) -> None:
+        """Undo `install`: the layer has its own experts and router again."""
+
+
+def find_adapter(model: nn.Module) -> ExpertAdapter:
+    """Return the adapter for a model.
+
+    Raises:
+        ValueError: sida knows no MoE layer of the model; the message lists what was looked for and
+            what the model has.
+    """
+    from sida.huggingface import switch
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch module, got {type(model).__name__}")
+    if any(isinstance(module, switch.SPARSE_LAYERS) for module in model.modules()):
+        return switch.SwitchAdapter(model)
+    hints = ("expert", "moe", "router", "sparse")
+    found = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if any(hint in type(module).__name__.lower() for hint in hints)
+        }
+    )
+    raise ValueError(
+        f"{type(model).__name__} has no MoE layer that sida knows: looked for "
+        f"SwitchTransformersSparseMLP (Switch Transformers), found "
+        f"{', '.join(found) if found else 'no module that looks like one'}. "
+        "For a MoE module of your own there is sida.OffloadedExperts"
+    )
+
+
+def integer_tensor(values: tuple[Any, ...]) -> int:
+    """Return the place of the first tensor of integers among a router's return values."""
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return place
+    raise TypeError(f"expected a router that returns expert ids, got {len(values)} other values")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sida refuses before it touches a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sida.huggingface.adapter import ExpertAdapter
+
+DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+ROUTINGS = ("exact", "predicted")
+POLICIES = ("fifo", "lru", "lfu", "lookahead", "auto")
+
+
+def check_options(
+    *, routing: str, predictor: Any, policy: str, threads: int | None, host_memory: Any
+) -> None:
+    """Raise ValueError for options that cannot be right."""
+    if routing not in ROUTINGS:
+        raise ValueError(f'expected routing="exact" or "predicted", got {routing!r}')
+    if routing == "predicted" and predictor is None:
+        raise ValueError(
+            'routing="predicted" needs predictor=: a predictor from sida.train_predictor(model, '
+            "batches), its file, or a recorded HashTable"
+        )
+    if policy not in POLICIES:
+        raise ValueError(f"expected policy to be one of {', '.join(POLICIES)}, got {policy!r}")
+    if threads is not None and (isinstance(threads, bool) or threads < 1):
+        raise ValueError(f"expected threads >= 1, or None for torch's number, got {threads!r}")
+    if host_memory is not None:
+        raise ValueError('host_memory= bounds pinned memory and goes with device="cuda"')
+
+
+def check_device(device: Any, model_device: torch.device | None = None) -> None:
+    """Raise unless experts can be computed on `device` (None: where the model is)."""
+    from sida import CudaError
+
+    chosen = torch.device(device) if device is not None else model_device or torch.device("cpu")
+    if chosen.type == "cuda":
+        raise CudaError(
+            "this build of sida has no CUDA backend: offload a model that is on the CPU, with "
+            'device="cpu"'
+        )
+    if chosen.type != "cpu":
+        raise ValueError(f'expected device="cpu", got {str(chosen)!r}')
+    if model_device is not None and model_device.type != "cpu":
+        raise ValueError(
+            f"the model is on {model_device}, its experts would be computed on the CPU: call "
+            'model.to("cpu") first'
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for models whose weights somebody else moves or packs."""
+    placed = getattr(model, "hf_device_map", None) or {}
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked or len(set(placed.values())) > 1:
+        raise ValueError(
+            f"accelerate dispatched this model (device_map {placed or 'with hooks'}); load it "
+            "without device_map, or let sida.from_pretrained load it"
+        )
+    method = getattr(model, "quantization_method", None)
+    if method is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"the model is quantised ({getattr(method, 'value', method) or 'bitsandbytes'}); "
+            "sida offloads float32, float16 and bfloat16: load it without quantization_config"
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter).__module__.startswith("bitsandbytes"):
+            raise ValueError(
+                f"{name} is quantised by bitsandbytes ({type(parameter).__name__}); sida offloads "
+                "float32, float16 and bfloat16: load the model without quantization_config"
+            )
+
+
+def experts_dtype(adapter: ExpertAdapter) -> str:
+    """Return the one dtype of all experts, checking that they are there.
+
+    Raises:
+        ValueError: They were taken already, are empty, or of several or other dtypes.
+    """
+    if not adapter.has_experts():
+        raise ValueError(
+            "this model's experts are offloaded already: close() that handle before making "
+            "another, or resize() it"
+        )
+    found: dict[torch.dtype, str] = {}
+    for layer, name in enumerate(adapter.layer_names):
+        for pair in adapter.experts(layer):
+            for linear in pair:
+                weight = linear.weight
+                if weight.is_meta:
+                    raise ValueError(
+                        f"{name}.{linear.key} has no memory (it is on device meta): load the "
+                        "model's weights first, or let sida.from_pretrained load them"
+                    )
+                found.setdefault(weight.dtype, f"{name}.{linear.key}")
+    if len(found) > 1:
+        raise ValueError(
+            "expected all experts in one dtype, got "
+            + ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
+            + ": convert the model with model.to(dtype)"
+        )
+    (dtype,) = found
+    if dtype not in DTYPES:
+        raise ValueError(f"expected experts in float32, float16 or bfloat16, got {dtype}")
+    return DTYPES[dtype]

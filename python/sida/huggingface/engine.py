@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model's experts are kept, and what computes them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadedExperts, OffloadScheduler
+from sida.huggingface.adapter import ExpertAdapter
+from sida.huggingface.expert_file import ExpertFile
+
+Memory = int | float | str
+"""Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
+
+
+class ExpertSource(Protocol):
+    """The slow tier that a handle's experts come from."""
+
+    restores: bool
+    """Whether closing gives the model its experts back."""
+    staging_bytes: int
+    """Memory that reading takes beside the cache."""
+
+    def fits_in_place(self, memory: Memory, policy: str) -> bool:
+        """Whether under this budget experts are used where the model has them.
+
+        Raises:
+            ValueError: The budget cannot be right.
+        """
+
+    def open(self, memory: Memory, policy: str) -> ExpertCache:
+        """Return a cache of the experts, having moved them as the budget asks."""
+
+    def release(self) -> None:
+        """Give the experts back to the model, or let them go. Idempotent."""
+
+
+class ModelExperts:
+    """The experts of a model in memory: used where they are, or moved to a file."""
+
+    restores, staging_bytes = True, 0
+
+    def __init__(
+        self, adapter: ExpertAdapter, config: MoeConfig, folder: str | os.PathLike[str] | None
+    ) -> None:
+        self._adapter, self._config, self._folder = adapter, config, folder
+        self._file: ExpertFile | None = None
+
+    def fits_in_place(self, memory: Memory, policy: str) -> bool:
+        """Whether all experts fit the budget."""
+        return self._file is None and self._in_place(memory, policy).in_place
+
+    def open(self, memory: Memory, policy: str) -> ExpertCache:
+        """Return a cache over the model's arrays if all fit, else over a file of them."""
+        if self._file is None:
+            cache = self._in_place(memory, policy)
+            if cache.in_place:
+                return cache
+            del cache  # it holds on to the arrays that are to go
+            self._file = ExpertFile(self._adapter, self._folder)
+        try:
+            store = ExpertStore.open(
+                self._file.path, layers=self._adapter.layer_names, config=self._config
+            )
+            return ExpertCache(store, memory, policy=policy)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Put the experts back where they were."""
+        if self._file is not None:
+            self._file.restore()
+            self._file = None
+
+    def _in_place(self, memory: Memory, policy: str) -> ExpertCache:
+        experts = [
+            [
+                (up.weight.detach().contiguous(), down.weight.detach().contiguous(), None, None)
+                for up, down in self._adapter.experts(layer)
+            ]
+            for layer in range(len(self._adapter.layer_names))
+        ]
+        return ExpertCache(ExpertStore.from_arrays(self._config, experts), memory, policy=policy)
+
+
+class CheckpointExperts:
+    """The experts of a checkpoint, read from it as they are needed."""
+
+    restores = False
+
+    def __init__(self, store: ExpertStore) -> None:
+        self._store: ExpertStore | None = store
+        self.staging_bytes = store.staging_bytes
+
+    def fits_in_place(self, memory: Memory, policy: str) -> bool:
+        """Never: a file's experts are not in memory."""
+        return False
+
+    def open(self, memory: Memory, policy: str) -> ExpertCache:
+        """Return a cache of the checkpoint's experts."""
+        assert self._store is not None
+        return ExpertCache(self._store, memory, policy=policy)
+
+    def release(self) -> None:
+        """Let go of the file."""
+        self._store = None
+
+
+class Engine:
+    """Cache, scheduler and the layers' experts, on one cache.
+
+    Attributes:
+        cache: Experts in fast memory.
+        scheduler: What brings them there.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, layers: int, *, threads: int | None, skip_padding: bool
+    ) -> None:
+        self.cache, self._fixed_threads = cache, threads
+        self._threads = threads or torch.get_num_threads()
+        self.scheduler = OffloadScheduler(cache)
+        self._layers = [
+            OffloadedExperts(
+                self.scheduler, layer, threads=self._threads, skip_padding=skip_padding
+            )
+            for layer in range(layers)
+        ]
+
+    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Compute a layer's experts as its router chose; see `sida.OffloadedExperts`."""
+        out: Tensor = self._layers[layer].forward(
+            hidden.detach().contiguous(), ids.contiguous(), weights.detach().contiguous()
+        )
+        return out
+
+    def compute_predicted(self, layer: int, hidden: Tensor) -> Tensor:
+        """Compute a layer's experts as the pass's hash table says."""
+        out: Tensor = self._layers[layer].forward_predicted(hidden.detach().contiguous())
+        return out
+
+    def follow_threads(self) -> None:
+        """Use as many threads as torch does, unless a number was asked for."""
+        wanted = self._fixed_threads or torch.get_num_threads()
+        if wanted != self._threads:
+            self._layers[0].set_threads(wanted)  # shared by all layers
+            self._threads = wanted
+
+    def close(self) -> None:
+        """End all threads. Idempotent."""
+        self.scheduler.close()
+
+
+def raw_stats(engine: Engine) -> dict[str, Any]:
+    """Return the scheduler's counts and the cache's sizes."""
+    cache = engine.cache
+    return {
+        **engine.scheduler.stats(),
+        "policy": cache.policy,
+        "device": cache.device,
+        "in_place": cache.in_place,
+        "slots": cache.slots,
+        "slot_bytes": cache.slot_bytes,
+        "budget_bytes": cache.slots * cache.slot_bytes,
+        "resident_experts": len(cache.resident()),
+    }

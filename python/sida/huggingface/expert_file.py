@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's experts, moved from its modules to one file and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from sida.huggingface.adapter import ExpertAdapter, ExpertLinear
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""As safetensors calls them."""
+HEADER_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class _Saved:
+    linear: ExpertLinear
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    begin: int
+    end: int
+
+
+class ExpertFile:
+    """The experts of a model in a safetensors file; while they are there, the modules hold none.
+
+    Attributes:
+        path: The file, in a temporary folder of its own.
+    """
+
+    def __init__(self, adapter: ExpertAdapter, folder: str | os.PathLike[str] | None) -> None:
+        """Move all experts to a file, layer by layer; on any error the model is as before.
+
+        Args:
+            adapter: The model.
+            folder: Where the temporary folder is made; by default the system's place for them.
+
+        Raises:
+            OSError: There is not enough room, or writing failed.
+        """
+        parent = Path(folder) if folder is not None else Path(tempfile.gettempdir())
+        parent.mkdir(parents=True, exist_ok=True)
+        self._saved, self._moved, size = _plan(adapter), 0, 0
+        if self._saved:
+            size = self._saved[-1].end
+        _check_room(parent, size)
+        self._folder = tempfile.mkdtemp(prefix="sida-experts-", dir=parent)
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self.path = Path(self._folder) / "experts.safetensors"
+        self._file: BinaryIO = self.path.open("w+b")
+        try:
+            self._write(len(adapter.layer_names))
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Put equal weights back into the modules, and remove the file. Idempotent."""
+        if self._file.closed:
+            return
+        for saved in self._saved[: self._moved]:
+            weight = _read(self._file, self._begin + saved.begin, saved)
+            saved.linear.module.weight = nn.Parameter(weight, requires_grad=saved.requires_grad)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the file without putting anything back. Idempotent."""
+        self._file.close()
+        self._remove()
+
+    def _write(self, layers: int) -> None:
+        header = {
+            saved.name: {
+                "dtype": DTYPES[saved.dtype],
+                "shape": saved.shape,
+                "data_offsets": [saved.begin, saved.end],
+            }
+            for saved in self._saved
+        }
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._begin = 8 + len(text)
+        each = len(self._saved) // layers
+        for layer in range(layers):
+            here = self._saved[layer * each : (layer + 1) * each]
+            for saved in here:
+                weight = saved.linear.weight.detach().contiguous()
+                self._file.write(weight.view(torch.uint8).numpy().data)
+            self._file.flush()
+            for saved in here:
+                empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
+                saved.linear.module.weight = nn.Parameter(empty, requires_grad=saved.requires_grad)
+                self._moved += 1
+
+
+def _plan(adapter: ExpertAdapter) -> list[_Saved]:
+    saved, begin = [], 0
+    for layer, name in enumerate(adapter.layer_names):
+        for pair in adapter.experts(layer):
+            for linear in pair:
+                weight = linear.weight
+                end = begin + weight.numel() * weight.element_size()
+                saved.append(
+                    _Saved(
+                        linear,
+                        f"{name}.{linear.key}",
+                        tuple(weight.shape),
+                        weight.dtype,
+                        weight.requires_grad,
+                        begin,
+                        end,
+                    )
+                )
+                begin = end
+    return saved
+
+
+def _read(file: BinaryIO, begin: int, saved: _Saved) -> Tensor:
+    weight = torch.empty(saved.shape, dtype=saved.dtype)
+    view = memoryview(weight.view(torch.uint8).numpy()).cast("B")
+    while view:
+        count = os.preadv(file.fileno(), [view], begin)
+        if count == 0:
+            raise OSError(f"the file of the experts ends early: {file.name}")
+        view, begin = view[count:], begin + count
+    return weight
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"the experts take {size:,} bytes, but {folder} has {free:,} free: choose another "
+            "folder with offload_dir="
+        )
+    kind = file_system(folder)
+    if kind in ("tmpfs", "ramfs"):
+        warnings.warn(
+            f"{folder} is a {kind}, that is RAM: experts moved there save none; choose a folder "
+            "on a disk with offload_dir=",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def file_system(folder: Path) -> str | None:
+    """Return the kind of file system that a folder is on, where the kernel tells."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    target, best, kind = os.path.realpath(folder), "", None
+    for mount in mounts:
+        point, name = mount.split()[1:3]
+        point = point.encode().decode("unicode_escape")
+        inside = target == point or target.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, name
+    return kind

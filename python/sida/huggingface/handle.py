@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The handle of a model whose experts sida keeps."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sida._core import HashTable
+from sida.huggingface.adapter import ExpertAdapter
+from sida.huggingface.engine import Engine, ExpertSource, Memory, raw_stats
+from sida.huggingface.passes import Passes
+from sida.huggingface.tables import Tables
+from sida.stats import Stats, hit_rate
+from sida.torch.experts_module import CLOSED
+
+
+class Offloaded:
+    """A model whose experts are brought to fast memory as they are needed.
+
+    Made by `sida.offload` and `sida.from_pretrained`. The model is called as before, directly or
+    through `map`. Calls from several threads take turns. As a context manager it closes itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: ExpertAdapter,
+        source: ExpertSource,
+        *,
+        memory: Memory,
+        routing: str,
+        tables: Tables | None,
+        policy: str,
+        threads: int | None,
+        skip_padding: bool,
+    ) -> None:
+        self._model: nn.Module | None = model
+        self._adapter, self._source = adapter, source
+        self._routing, self._tables, self._policy = routing, tables, policy
+        self._threads, self._skip_padding = threads, skip_padding
+        self._map_ready: threading.Semaphore | None = None
+        self._engine: Engine | None = None
+        self._start(memory)
+        assert self._engine is not None
+        self._passes = Passes(adapter, tables, self._engine)
+        self._passes.install()
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, to be called as before.
+
+        Raises:
+            RuntimeError: The handle loaded the model and was closed.
+        """
+        if self._model is None:
+            raise RuntimeError(CLOSED)
+        return self._model
+
+    def map(
+        self,
+        batches: Iterable[Any],
+        fn: Callable[[Any, Any], Any] | None = None,
+        *,
+        ahead: int = 16,
+    ) -> Iterator[Any]:
+        """Run the model on batch after batch, without gradients, and yield the results in order.
+
+        A thread of sida's own pulls `batches` and, if there is a predictor, builds the hash tables
+        of up to `ahead` batches, so that their experts come early. It ends with the iterator that
+        is returned; an error in `batches` is raised where its batch would have come.
+
+        Args:
+            batches: Dicts of the model's arguments, tensors of `input_ids`, or anything that `fn`
+                takes.
+            fn: `fn(model, batch)` gives the result; by default `model(**batch)` or
+                `model(input_ids=batch)`.
+            ahead: Batches that may wait, one or more.
+        """
+        if isinstance(ahead, bool) or ahead < 1:
+            raise ValueError(f"expected ahead >= 1, got {ahead!r}")
+        self._open_engine()
+        return self._map(iter(batches), fn, ahead)
+
+    def stats(self) -> Stats:
+        """Return what was counted since the handle was made or `reset_stats()` called."""
+        engine = self._open_engine()
+        predicted = self._predicted_layers()
+        stats = Stats(raw_stats(engine))
+        stats["staging_bytes"] = self._source.staging_bytes
+        names = self._adapter.layer_names
+        for index, (name, layer) in enumerate(zip(names, stats["layers"], strict=True)):
+            layer["name"] = name
+            layer["routing"] = "predicted" if index in predicted else "exact"
+            layer["hit_rate"] = hit_rate(layer)
+        stats["hit_rate"] = hit_rate(stats)
+        stats["total_experts"] = len(names) * self._adapter.num_experts
+        stats["routing"] = self._routing
+        stats["exact_layers"] = [n for i, n in enumerate(names) if i not in predicted]
+        stats["predicted_layers"] = [n for i, n in enumerate(names) if i in predicted]
+        stats["passes"], stats["tokens"] = self._passes.count, self._passes.tokens
+        return stats
+
+    def reset_stats(self) -> None:
+        """Begin statistics, trace and recorded routing anew."""
+        with self._passes.turn:
+            self._open_engine().scheduler.reset_stats()
+            self._passes.reset()
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what happened since `reset_stats()` as a timeline that ui.perfetto.dev opens."""
+        self._open_engine().scheduler.trace(path)
+
+    def record(self, path: str | os.PathLike[str]) -> HashTable:
+        """Write the routing since `reset_stats()` as a hash table, and return it.
+
+        Passed as `predictor=`, it foretells the same batches perfectly. Memory for it is bounded:
+        the oldest passes go first.
+        """
+        table = self._open_engine().scheduler.record()
+        table.save(path)
+        return table
+
+    def resize(self, memory: Memory) -> None:
+        """Give experts another budget; waits for the call under way. What is resident is dropped.
+
+        Experts that were used where the model has them are moved to a file if they no longer all
+        fit; statistics, trace and recorded routing then begin anew.
+
+        Raises:
+            ValueError: The budget cannot be right; nothing has changed then.
+        """
+        with self._passes.turn:
+            if not self._open_engine().cache.in_place:
+                self._open_engine().scheduler.resize(memory)
+            elif not self._source.fits_in_place(memory, self._policy):
+                self._stop()
+                try:
+                    self._start(memory)
+                except BaseException:
+                    self._start(1.0)
+                    raise
+                finally:
+                    self._passes.engine = self._engine
+                    self._passes.reset()
+
+    def close(self) -> None:
+        """End all threads and give back what was taken. Idempotent.
+
+        After `sida.offload` the model has its own experts again, with equal weights; after
+        `sida.from_pretrained` everything is freed, and later calls raise.
+        """
+        if self._engine is not None:
+            self._engine.scheduler.stop()  # not in turn: a source may be waiting for it
+        with self._passes.turn:
+            if self._engine is None:
+                return
+            self._stop()
+            self._passes.engine = None
+            self._passes.remove()
+            if self._map_ready is not None:
+                self._map_ready.release()
+            self._source.release()
+            if not self._source.restores:
+                self._model = None
+            elif self._model is not None:
+                self._model.__dict__.pop("save_pretrained", None)
+
+    def __enter__(self) -> Offloaded:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._engine is None:
+            return "Offloaded(closed)"
+        cache = self._engine.cache
+        total = len(self._adapter.layer_names) * self._adapter.num_experts
+        return (
+            f"Offloaded({type(self._model).__name__}, room for {cache.slots} of {total} experts, "
+            f"routing={self._routing!r}, policy={cache.policy!r}, device={cache.device!r})"
+        )
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError(CLOSED)
+        return self._engine
+
+    def _predicted_layers(self) -> frozenset[int]:
+        if self._routing == "predicted" and self._tables is not None:
+            return self._tables.layers
+        return frozenset()
+
+    def _start(self, memory: Memory) -> None:
+        """Take the experts and let the engine compute them."""
+        cache = self._source.open(memory, self._policy)
+        try:
+            engine = Engine(
+                cache,
+                len(self._adapter.layer_names),
+                threads=self._threads,
+                skip_padding=self._skip_padding,
+            )
+            for layer in range(len(self._adapter.layer_names)):
+                self._install(engine, layer)
+        except BaseException:
+            self._stop()
+            del cache
+            self._source.release()
+            raise
+        self._engine = engine
+
+    def _install(self, engine: Engine, layer: int) -> None:
+        def compute(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return engine.compute(layer, hidden, ids, weights)
+
+        def compute_predicted(hidden: Tensor) -> Tensor:
+            return engine.compute_predicted(layer, hidden)
+
+        predicted = layer in self._predicted_layers()
+        self._adapter.install(layer, compute, compute_predicted if predicted else None)
+
+    def _stop(self) -> None:
+        """Take the engine away from the layers."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        for layer in range(len(self._adapter.layer_names)):
+            self._adapter.remove(layer)
+
+    def _map(
+        self, batches: Iterator[Any], fn: Callable[[Any, Any], Any] | None, ahead: int
+    ) -> Iterator[Any]:
+        waiting: deque[tuple[int | None, Any]] = deque()
+        ready = threading.Semaphore(0)
+
+        def source() -> HashTable | None:
+            try:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return None
+                key, table = self._passes.table_of(_arguments(batch) or {})
+                waiting.append((key, batch))
+                return table
+            finally:
+                ready.release()
+
+        scheduler = self._open_engine().scheduler
+        scheduler.start(source, ahead=ahead)
+        self._map_ready = ready
+        try:
+            while True:
+                ready.acquire()  # not in turn: other calls go on while the source is slow
+                with self._passes.turn:
+                    self._open_engine()
+                    if not scheduler.next_batch():
+                        return
+                    key, batch = waiting.popleft()
+                    output = self._run(key, batch, fn)
+                yield output
+        finally:
+            self._map_ready = None
+            scheduler.stop()
+
+    def _run(self, key: int | None, batch: Any, fn: Callable[[Any, Any], Any] | None) -> Any:
+        """Call the model on a batch whose pass has begun."""
+        self._passes.ahead_key = key
+        try:
+            with torch.no_grad():
+                if fn is not None:
+                    return fn(self.model, batch)
+                arguments = _arguments(batch)
+                if arguments is None:
+                    raise TypeError(
+                        "expected batches that are dicts of the model's arguments or tensors of "
+                        f"input_ids, got {type(batch).__name__}; pass fn(model, batch)"
+                    )
+                return self.model(**arguments)
+        finally:
+            if self._passes.ahead_key is not None or key is None:
+                self._passes.ahead_key = None
+                self._open_engine().scheduler.end_pass()
+
+
+def _arguments(batch: Any) -> Mapping[str, Any] | None:
+    if isinstance(batch, Mapping):
+        return batch
+    return {"input_ids": batch} if isinstance(batch, Tensor) else None
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "the model's experts are offloaded, and save_pretrained would leave them out: call "
+        "close() on the handle of sida.offload first, or copy the checkpoint that was loaded"
+    )

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint without its experts, which stay in the file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.switch_transformers import modeling_switch_transformers as modeling
+from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+
+from sida._core import ExpertStore
+from sida.huggingface import checks, switch
+from sida.huggingface.adapter import find_adapter
+from sida.huggingface.engine import CheckpointExperts, Memory
+from sida.huggingface.handle import Offloaded
+from sida.huggingface.tables import open_tables
+
+if TYPE_CHECKING:
+    from sida import HashPredictor, HashTable
+    from sida.torch import Predictor
+
+_loading = threading.Lock()
+REFUSED = {
+    "device_map": "sida decides where weights go; use device=",
+    "quantization_config": "sida offloads float32, float16 and bfloat16",
+    "load_in_8bit": "sida offloads float32, float16 and bfloat16",
+    "load_in_4bit": "sida offloads float32, float16 and bfloat16",
+    "state_dict": "experts are read from the checkpoint",
+    "torch_dtype": "use dtype=",
+}
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    memory: Memory,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    model_class: Any = None,
+    routing: str = "exact",
+    predictor: HashPredictor | HashTable | Predictor | str | os.PathLike[str] | None = None,
+    policy: str = "auto",
+    threads: int | None = None,
+    skip_padding: bool = False,
+    offload_dir: str | os.PathLike[str] | None = None,
+    host_memory: Any = None,
+    **hf_kwargs: Any,
+) -> Offloaded:
+    """Load a checkpoint whose experts stay in its files and are read as they are needed.
+
+    Memory holds the other weights, which transformers loads as ever, and `memory` worth of experts;
+    never all of them. `handle.model` is the model.
+
+    Args:
+        path: A folder with config.json and safetensors files, one or in shards.
+        memory: As in `sida.offload`.
+        device: As in `sida.offload`.
+        dtype: Of weights and computation: "auto" (the checkpoint's), or a torch dtype or its name.
+        model_class: Class of transformers to load; by default the one that the checkpoint's config
+            names.
+        routing: As in `sida.offload`.
+        predictor: As in `sida.offload`.
+        policy: As in `sida.offload`.
+        threads: As in `sida.offload`.
+        skip_padding: As in `sida.offload`.
+        offload_dir: Not needed: experts stay in the checkpoint. Only here for `sida.offload`'s sake.
+        host_memory: As in `sida.offload`.
+        **hf_kwargs: Passed to the class's from_pretrained.
+
+    Raises:
+        OSError: The checkpoint is missing, damaged, or not in safetensors files.
+        ValueError: As in `sida.offload`.
+    """
+    checks.check_options(
+        routing=routing,
+        predictor=predictor,
+        policy=policy,
+        threads=threads,
+        host_memory=host_memory,
+    )
+    checks.check_device(device)
+    for name, reason in REFUSED.items():
+        if hf_kwargs.get(name) is not None:
+            raise ValueError(f"from_pretrained does not take {name}=: {reason}")
+    folder = Path(path)
+    _check_folder(folder)
+    chosen = model_class or _class_of(folder)
+    with _without_experts():
+        model: nn.Module = chosen.from_pretrained(folder, dtype=dtype, **hf_kwargs)
+    adapter = find_adapter(model)
+    name = checks.DTYPES.get(_dtype_of(model))
+    if name is None:
+        raise ValueError(
+            f"expected a model in float32, float16 or bfloat16, got {_dtype_of(model)}: pass dtype="
+        )
+    config = adapter.config(name)
+    store = ExpertStore.open(folder, layers=adapter.layer_names, dtype=name, config=config)
+    return Offloaded(
+        model,
+        adapter,
+        CheckpointExperts(store),
+        memory=memory,
+        routing=routing,
+        tables=open_tables(predictor, adapter),
+        policy=policy,
+        threads=threads,
+        skip_padding=skip_padding,
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"expected a checkpoint's folder, found none at {folder}; a model of the hub is "
+            "fetched with huggingface_hub.snapshot_download(name), which returns its folder"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for file in folder.glob("*.bin"))
+    if pickled:
+        raise OSError(
+            f"{folder} has its weights in a pickle ({pickled[0]}), which cannot be read expert by "
+            "expert; convert it once: "
+            "Model.from_pretrained(folder).save_pretrained(new_folder), which writes safetensors"
+        )
+    raise FileNotFoundError(f"expected *.safetensors files in {folder}, found none")
+
+
+def _class_of(folder: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModel
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+@contextmanager
+def _without_experts() -> Iterator[None]:
+    """Have transformers build MoE layers without experts, on this thread; one load at a time."""
+    patches = {original.__name__: stub for original, stub in switch.LOADING_PATCHES.items()}
+    base = modeling.SwitchTransformersPreTrainedModel
+    with _loading:
+        register_patch_mapping(patches)
+        ignored = base._keys_to_ignore_on_load_unexpected
+        base._keys_to_ignore_on_load_unexpected = [*(ignored or ()), switch.EXPERT_KEYS]
+        switch.SwitchSparseMlp.loading.active = True
+        try:
+            yield
+        finally:
+            switch.SwitchSparseMlp.loading.active = False
+            base._keys_to_ignore_on_load_unexpected = ignored
+            unregister_patch_mapping(list(patches))
+            _undo_patches()
+
+
+def _undo_patches() -> None:
+    # transformers leaves its classes patched where building a model raises
+    originals = {stub: original for original, stub in switch.LOADING_PATCHES.items()}
+    for module in list(sys.modules.values()):
+        if not getattr(module, "__name__", "").startswith("transformers"):
+            continue
+        for original in originals.values():
+            if vars(module).get(original.__name__) in originals:
+                setattr(module, original.__name__, original)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offloading the experts of a model that is in memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sida.huggingface import checks
+from sida.huggingface.adapter import find_adapter
+from sida.huggingface.engine import Memory, ModelExperts
+from sida.huggingface.handle import Offloaded
+from sida.huggingface.tables import open_tables
+from sida.torch.teacher import model_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from sida import HashPredictor, HashTable
+    from sida.torch import Predictor
+
+
+def offload(
+    model: nn.Module,
+    *,
+    memory: Memory,
+    device: str | torch.device | None = None,
+    routing: str = "exact",
+    predictor: HashPredictor | HashTable | Predictor | str | os.PathLike[str] | None = None,
+    policy: str = "auto",
+    threads: int | None = None,
+    skip_padding: bool = False,
+    offload_dir: str | os.PathLike[str] | None = None,
+    host_memory: Any = None,
+) -> Offloaded:
+    """Keep no more of a model's experts in fast memory than `memory` allows.
+
+    Switch Transformers: encoder, encoder-decoder, with a language-modelling head. The experts are
+    written to one file, layer by layer, and read as they are needed; if all fit, they stay where
+    they are. The model is then called as before, `generate` included, and gives the same results:
+    to the bit at every budget, policy and predictor. Inference only.
+
+    Args:
+        model: A model of transformers; changed in place until the handle is closed.
+        memory: Limit for experts over all layers: bytes (an int, "2GiB"), a share of all (0.2,
+            "20%"), or a count ("12 experts", "1 expert").
+        device: Where experts are computed; by default where the model is.
+        routing: "exact": the model's own routers decide, and a predictor only brings experts
+            early. "predicted" (SiDA-MoE): in the layers that the predictor foretells, experts and
+            scales come from its hash table, and the routers never run; their logits are then
+            missing among a model's `router_logits`. Padding is left out in those layers.
+        predictor: From `sida.train_predictor`, the path of one, or a recorded HashTable.
+        policy: Which expert makes way: "fifo", "lru", "lfu", "lookahead" (what the hash tables
+            need last), or "auto".
+        threads: For computing experts; by default as many as torch uses.
+        skip_padding: Leave out tokens of padding; their rows come out of the experts as zeros.
+        offload_dir: Where the experts' file goes; by default the system's temporary folder.
+        host_memory: Limit of pinned memory, for a GPU.
+
+    Returns:
+        A handle; closing it (or leaving it as a context) gives the model its experts back.
+
+    Raises:
+        ValueError: Unknown or dispatched model, quantised experts, LoRA on experts, a second
+            handle, a budget too small, a predictor of another model.
+        OSError: There is no room for the experts' file.
+    """
+    checks.check_options(
+        routing=routing,
+        predictor=predictor,
+        policy=policy,
+        threads=threads,
+        host_memory=host_memory,
+    )
+    adapter = find_adapter(model)
+    checks.check_model(model)
+    dtype = checks.experts_dtype(adapter)
+    checks.check_device(device, model_device(model))
+    tables = open_tables(predictor, adapter)
+    return Offloaded(
+        model,
+        adapter,
+        ModelExperts(adapter, adapter.config(dtype), offload_dir),
+        memory=memory,
+        routing=routing,
+        tables=tables,
+        policy=policy,
+        threads=threads,
+        skip_padding=skip_padding,
+    )

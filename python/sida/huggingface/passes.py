@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around a call of a model's stack: a pass begins and ends."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sida._core import HashTable, batch_key
+from sida.huggingface.adapter import ExpertAdapter, Stack
+from sida.huggingface.engine import Engine
+from sida.huggingface.tables import Tables
+
+DECODER_KEY = 0x9E3779B97F4A7C15
+"""Tells a decoder's pass from an encoder's over the same tokens."""
+
+
+@dataclass(frozen=True)
+class StackBatch:
+    """What a stack is about to read."""
+
+    key: int
+    mask: Tensor
+    """[B, S] uint8 on the CPU, 1 for tokens."""
+    embeddings: Callable[[], Tensor]
+    """Gives [B, S, D]."""
+
+
+def read_batch(
+    arguments: Mapping[str, Any], embed: Callable[[Tensor], Tensor]
+) -> StackBatch | None:
+    """Return what a stack reads, by the names of its arguments; None if there is nothing to read.
+
+    A batch is named by its token ids and mask, or where only embeddings are given by their bytes.
+    """
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    mask = arguments.get("attention_mask")
+    if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
+        given = embeddings
+        flags = token_mask(mask, given.shape[0], given.shape[1])
+        data = given.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.blake2b(data + flags.numpy().tobytes(), digest_size=8)
+        return StackBatch(int.from_bytes(digest.digest(), "little"), flags, lambda: given)
+    if isinstance(ids, Tensor) and ids.dim() == 2:
+        tokens = ids.detach().to("cpu", torch.int64).contiguous()
+        flags = token_mask(mask, ids.shape[0], ids.shape[1])
+        return StackBatch(batch_key(tokens, flags), flags, lambda: embed(tokens))
+    return None
+
+
+def token_mask(mask: Any, rows: int, columns: int) -> Tensor:
+    """Return [rows, columns] uint8: 1 for tokens.
+
+    Args:
+        mask: An attention mask; with a cache it may cover earlier tokens too. Anything but a mask
+            of two dimensions says nothing of padding.
+        rows: Sentences.
+        columns: Tokens of a sentence in this call.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows:
+        latest = mask[:, mask.shape[1] - columns :] if mask.shape[1] >= columns else mask
+        if latest.shape[1] == columns:
+            return (latest != 0).to("cpu", torch.uint8).contiguous()
+    return torch.ones(rows, columns, dtype=torch.uint8)
+
+
+def empty_table(layers: int, key: int) -> HashTable:
+    """Return the hash table of a batch of which nothing is foretold."""
+    nothing = torch.empty(layers, 0, 1)
+    return HashTable(
+        layers=layers,
+        candidates=1,
+        keys=[key],
+        offsets=[0, 0],
+        ids=nothing.int().numpy(),
+        probs=nothing.numpy(),
+        scale=nothing.numpy(),
+    )
+
+
+class Passes:
+    """Makes every call of a model's stacks a pass; calls from several threads take turns.
+
+    Attributes:
+        turn: Held during a pass.
+        engine: None when closed.
+        ahead_key: Key of the pass that was begun for the batch about to come, if one was.
+        count: Passes since `reset`.
+        tokens: Tokens in them, padding left out.
+    """
+
+    def __init__(self, adapter: ExpertAdapter, tables: Tables | None, engine: Engine) -> None:
+        self.turn = threading.RLock()
+        self.engine: Engine | None = engine
+        self.ahead_key: int | None = None
+        self._adapter, self._tables = adapter, tables
+        self.reset()
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.count = self.tokens = 0
+
+    def install(self) -> None:
+        """Wrap the stacks' forward, on the instances."""
+        for stack in self._adapter.stacks():
+            # not by hooks: those are not told of a KeyboardInterrupt
+            stack.module.forward = self._wrapped(stack, stack.module.forward)
+
+    def remove(self) -> None:
+        """Unwrap the stacks' forward."""
+        for stack in self._adapter.stacks():
+            stack.module.__dict__.pop("forward", None)
+
+    def table_of(self, arguments: Mapping[str, Any]) -> tuple[int | None, HashTable]:
+        """Return key and hash table of a batch that is yet to come."""
+        batch = read_batch(arguments, self._adapter.embed)
+        layers = len(self._adapter.layer_names)
+        if batch is None:
+            return None, empty_table(layers, 0)
+        if self._tables is None:
+            return batch.key, empty_table(layers, batch.key)
+        return batch.key, self._tables.build(batch.key, batch.embeddings, batch.mask)
+
+    def _wrapped(self, stack: Stack, forward: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(forward)
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.turn:
+                engine = self.engine
+                if engine is None:
+                    return forward(*args, **kwargs)
+                engine.follow_threads()
+                arguments = signature.bind_partial(*args, **kwargs).arguments
+                self._begin(engine, stack, read_batch(arguments, self._adapter.embed))
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    engine.scheduler.end_pass()
+
+        return run
+
+    def _begin(self, engine: Engine, stack: Stack, batch: StackBatch | None) -> None:
+        ahead, self.ahead_key = self.ahead_key, None
+        self.count += 1
+        if batch is None:
+            engine.scheduler.begin_pass()
+            return
+        self.tokens += int(batch.mask.sum())
+        if not stack.predictable:
+            engine.scheduler.begin_pass(None, key=batch.key ^ DECODER_KEY, mask=batch.mask)
+        elif batch.key == ahead:
+            engine.scheduler.set_mask(batch.mask)
+        else:
+            table = None
+            if self._tables is not None:
+                table = self._tables.build(batch.key, batch.embeddings, batch.mask)
+            engine.scheduler.begin_pass(table, key=batch.key, mask=batch.mask)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a batch's hash table comes from: a predictor, or recorded routing."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from sida._core import HashPredictor, HashTable
+from sida.huggingface.adapter import ExpertAdapter
+
+CANDIDATES = 8
+"""Experts that a predictor names for each token, at most."""
+
+
+class Tables(Protocol):
+    """Makes the hash table of one batch; called from the hash-building thread as well."""
+
+    layers: frozenset[int]
+    """MoE layers that are foretold."""
+
+    def build(self, key: int, embeddings: Callable[[], Tensor], mask: Tensor) -> HashTable:
+        """Return the table of one batch.
+
+        Args:
+            key: The batch's.
+            embeddings: Gives its embeddings [B, S, D]; called only if needed.
+            mask: [B, S] uint8, nonzero for tokens.
+        """
+
+
+class PredictedTables:
+    """Tables made by a hash predictor."""
+
+    def __init__(self, predictor: Any, adapter: ExpertAdapter) -> None:
+        for name, own, model in (
+            ("MoE layers", predictor.layers, len(adapter.layer_names)),
+            ("experts", predictor.experts, adapter.num_experts),
+            ("fingerprint", predictor.fingerprint, adapter.fingerprint()),
+        ):
+            if own != model:
+                raise ValueError(
+                    f"the predictor was trained for another model: {name} {own}, but the model "
+                    f"has {model}; train one with sida.train_predictor(model, batches)"
+                )
+        self.layers = frozenset(predictor.heads)
+        if not self.layers <= set(adapter.predictable):
+            raise ValueError(
+                f"expected a predictor for layers among {adapter.predictable}, got one for "
+                f"{sorted(self.layers)}"
+            )
+        self._predictor = predictor
+        self._candidates = max(CANDIDATES, adapter.top_k)
+
+    def build(self, key: int, embeddings: Callable[[], Tensor], mask: Tensor) -> HashTable:
+        """Predict the table of one batch."""
+        values = embeddings().detach().to("cpu").float().contiguous()
+        table = self._predictor.predict(values, mask, key=key, candidates=self._candidates)
+        assert isinstance(table, HashTable)
+        return table
+
+
+class RecordedTables:
+    """Tables recorded in an earlier run: what a perfect predictor would give."""
+
+    def __init__(self, table: HashTable, adapter: ExpertAdapter) -> None:
+        if table.layers != len(adapter.layer_names):
+            raise ValueError(
+                f"the hash table was recorded from another model: it has {table.layers} MoE "
+                f"layers, the model {len(adapter.layer_names)}"
+            )
+        highest = int(table.ids.max(initial=-1))
+        if highest >= adapter.num_experts:
+            raise ValueError(
+                f"the hash table was recorded from another model: it names expert {highest}, the "
+                f"model has {adapter.num_experts} a layer"
+            )
+        named = np.flatnonzero((table.ids >= 0).any(axis=(1, 2)))
+        self.layers = frozenset(int(layer) for layer in named) & set(adapter.predictable)
+        self._table = table
+
+    def build(self, key: int, embeddings: Callable[[], Tensor], mask: Tensor) -> HashTable:
+        """Find the table of one batch, less its padding.
+
+        Raises:
+            ValueError: This batch was not recorded.
+        """
+        found = self._table.find(key)
+        if found is None or found.tokens != mask.numel():
+            raise ValueError(
+                f"the recorded hash table has no batch with these token ids and this mask (key "
+                f"{key:#018x}, {mask.numel()} tokens; it has {len(self._table)} batches): pass "
+                "the batches that were recorded, or record these with off.record(path)"
+            )
+        ids = found.ids
+        ids[:, mask.flatten().numpy() == 0] = -1
+        return HashTable(
+            layers=found.layers,
+            candidates=found.candidates,
+            keys=found.keys,
+            offsets=found.offsets,
+            ids=ids,
+            probs=found.probs,
+            scale=found.scale,
+        )
+
+
+def open_tables(predictor: Any, adapter: ExpertAdapter) -> Tables | None:
+    """Return what makes tables for a model.
+
+    Args:
+        predictor: A path of a predictor or of a hash table, either of them as an object, anything
+            else with HashPredictor's attributes and `predict`, or None.
+        adapter: The model.
+
+    Raises:
+        ValueError: It belongs to another model.
+        OSError: The file is missing, or neither a predictor nor a hash table.
+    """
+    if predictor is None:
+        return None
+    if isinstance(predictor, str | os.PathLike):
+        predictor = load(predictor)
+    if isinstance(predictor, HashTable):
+        return RecordedTables(predictor, adapter)
+    if hasattr(predictor, "network") and hasattr(predictor, "save"):  # sida.torch.Predictor
+        with tempfile.TemporaryDirectory(prefix="sida-predictor-") as folder:
+            path = Path(folder) / "predictor.safetensors"
+            predictor.save(path)
+            predictor = HashPredictor.load(path)
+    missing = [
+        name
+        for name in ("predict", "layers", "heads", "experts", "fingerprint")
+        if not hasattr(predictor, name)
+    ]
+    if missing:
+        raise TypeError(
+            "expected predictor to be a path, a predictor or a HashTable, got "
+            f"{type(predictor).__name__} (without {', '.join(missing)})"
+        )
+    return PredictedTables(predictor, adapter)
+
+
+def load(path: str | os.PathLike[str]) -> HashPredictor | HashTable:
+    """Load a predictor's or a hash table's file, whichever it is."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"expected a file of a predictor or a hash table, found none at {os.fspath(path)}"
+        )
+    if _format(Path(path)) == "sida-hash-table":
+        return HashTable.load(path)
+    return HashPredictor.load(path)
+
+
+def _format(path: Path) -> str | None:
+    """What a safetensors file says it is; None where it is not readable."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return None
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of one MoE layer of one's own, beyond a memory budget."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from sida._core import CudaError, ExpertCache, ExpertStore, MoeConfig, OffloadScheduler
+from sida._core import OffloadedExperts as _Layer
+from sida.stats import Stats, hit_rate
+
+DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+class OffloadedExperts:
+    """The experts of one MoE layer, of which no more than a budget is in fast memory.
+
+    Works on torch tensors, NumPy arrays (bfloat16 is `ml_dtypes.bfloat16`) and whatever else has
+    `__dlpack__`; results are of the kind of `hidden_states`. Inference only. Calls from several
+    threads take turns.
+
+    Example:
+        >>> layer = sida.OffloadedExperts(up, down, gated=False, activation="relu", memory=0.5)
+        >>> y = layer(hidden_states, top_k_index, top_k_weights)
+    """
+
+    def __init__(
+        self,
+        up_proj: Any,
+        down_proj: Any,
+        *,
+        gated: bool,
+        activation: str,
+        memory: int | float | str,
+        up_bias: Any = None,
+        down_bias: Any = None,
+        device: Any = None,
+        policy: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        """Take the arrays as the slow tier; they are kept, and never copied whole.
+
+        Args:
+            up_proj: [E, I, H]; gated: [E, 2 I, H], the gate's rows first.
+            down_proj: [E, H, I].
+            gated: Whether an activated gate multiplies the up projection.
+            activation: "relu", "gelu", "gelu_tanh" or "silu".
+            memory: Limit for experts in fast memory: bytes (an int, "2GiB"), a share of all (0.2,
+                "20%"), or a count ("12 experts", "1 expert"). If all fit, they are used in place.
+            up_bias: [E, I], gated [E, 2 I], or None.
+            down_bias: [E, H], or None.
+            device: Where experts are computed; by default where the arrays are.
+            policy: "fifo", "lru", "lfu", "lookahead" or "auto".
+            threads: For computing; by default as many as torch uses, where torch is loaded.
+
+        Raises:
+            ValueError: Shapes or dtypes do not fit, or the budget is too small.
+        """
+        _check_device(device)
+        up, down = _shape(up_proj, "up_proj", 3), _shape(down_proj, "down_proj", 3)
+        experts, hidden, intermediate = down
+        expected = (experts, 2 * intermediate if gated else intermediate, hidden)
+        if up != expected:
+            raise ValueError(
+                f"expected up_proj of shape [E, {'2 I' if gated else 'I'}, H] = {list(expected)} "
+                f"beside down_proj [E, H, I] = {list(down)}, got {list(up)}"
+            )
+        for name, bias, size in (("up_bias", up_bias, up[1]), ("down_bias", down_bias, hidden)):
+            if bias is not None and _shape(bias, name, 2) != (experts, size):
+                raise ValueError(f"expected {name} of shape {[experts, size]}, got {bias.shape}")
+        config = MoeConfig(
+            layers=1,
+            experts=experts,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            activation=activation,
+            gated=gated,
+            up_bias=up_bias is not None,
+            down_bias=down_bias is not None,
+            dtype=_dtype(up_proj),
+        )
+        parts = [_detached(part) for part in (up_proj, down_proj, up_bias, down_bias)]
+        rows = [tuple(None if part is None else part[e] for part in parts) for e in range(experts)]
+        self._cache = ExpertCache(ExpertStore.from_arrays(config, [rows]), memory, policy=policy)
+        self._scheduler = OffloadScheduler(self._cache)
+        self._threads = threads
+        self._used_threads = threads or _torch_threads()
+        self._layer = _Layer(self._scheduler, 0, threads=self._used_threads)
+
+    def __call__(
+        self,
+        hidden_states: Any,
+        top_k_index: Any,
+        top_k_weights: Any,
+        *,
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:
+        """Return sum over j of weights[t, j] * expert(index[t, j])(hidden[t]) for every token t.
+
+        Args:
+            hidden_states: [T, H], in the experts' dtype.
+            top_k_index: [T, k] int32 or int64.
+            top_k_weights: [T, k] float32 or the experts' dtype; a choice of weight 0 is left out.
+            out: [T, H] to write to, instead of a new array.
+            stream: Of a GPU; None on the CPU.
+
+        Raises:
+            IndexError: An expert's id is out of range; nothing was computed then.
+            ValueError: Shapes or dtypes do not fit.
+            RuntimeError: Gradients are wanted, or the layer was closed.
+        """
+        if stream is not None:
+            raise ValueError("expected stream=None: the experts are computed on the CPU")
+        _refuse_gradients(hidden_states, top_k_weights)
+        wanted = self._threads or _torch_threads()
+        if wanted and wanted != self._used_threads:
+            self._layer.set_threads(wanted)
+            self._used_threads = wanted
+        arrays = [_detached(array) for array in (hidden_states, top_k_index, top_k_weights)]
+        return self._layer.forward(*arrays, out=out)
+
+    def stats(self) -> Stats:
+        """Return what was counted since the layer was made or `reset_stats()` called."""
+        stats = Stats(self._scheduler.stats())
+        for layer in stats["layers"]:
+            layer.update(name="experts", routing="exact", hit_rate=hit_rate(layer))
+        cache = self._cache
+        stats.update(
+            hit_rate=hit_rate(stats),
+            policy=cache.policy,
+            in_place=cache.in_place,
+            slots=cache.slots,
+            slot_bytes=cache.slot_bytes,
+            budget_bytes=cache.slots * cache.slot_bytes,
+            staging_bytes=0,
+            resident_experts=len(cache.resident()),
+            exact_layers=["experts"],
+            predicted_layers=[],
+        )
+        return stats
+
+    def reset_stats(self) -> None:
+        """Begin statistics and trace anew."""
+        self._scheduler.reset_stats()
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what happened since `reset_stats()` as a timeline that ui.perfetto.dev opens."""
+        self._scheduler.trace(path)
+
+    def resize(self, memory: int | float | str) -> None:
+        """Give the experts another budget; what is resident is dropped."""
+        self._scheduler.resize(memory)
+
+    def close(self) -> None:
+        """End all threads; later calls raise. Idempotent."""
+        self._scheduler.close()
+
+    def __enter__(self) -> OffloadedExperts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _shape(array: Any, name: str, dimensions: int) -> tuple[int, ...]:
+    shape = tuple(getattr(array, "shape", ()))
+    if len(shape) != dimensions:
+        raise ValueError(
+            f"expected {name} to be an array of {dimensions} dimensions, got "
+            f"{'shape ' + str(list(shape)) if shape else type(array).__name__}"
+        )
+    return shape
+
+
+def _dtype(array: Any) -> str:
+    name = str(array.dtype).rpartition(".")[2]
+    if name not in DTYPES:
+        raise ValueError(f"expected experts in {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
+def _detached(array: Any) -> Any:
+    # torch refuses to lend tensors that require gradients
+    return array.detach() if hasattr(array, "detach") else array
+
+
+def _torch_threads() -> int:
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None else 0
+
+
+def _refuse_gradients(*arrays: Any) -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    if any(getattr(array, "requires_grad", False) for array in arrays):
+        raise RuntimeError(
+            "gradients do not flow through offloaded experts: call the layer under "
+            "torch.no_grad(), or pass detached tensors"
+        )
+
+
+def _check_device(device: Any) -> None:
+    if device is None:
+        return
+    kind = str(device).partition(":")[0]
+    if kind == "cuda":
+        raise CudaError(
+            'this build of sida has no CUDA backend: pass arrays in RAM and device="cpu"'
+        )
+    if kind != "cpu":
+        raise ValueError(f'expected device="cpu", got {device!r}')

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a handle counted, as a dict that prints well."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+COLUMNS = ("calls", "uses", "hits", "late", "misses", "hit rate", "stall")
+
+
+class Stats(dict[str, Any]):
+    """Counts since the handle was made, or since `reset_stats()`; a dict, and JSON.
+
+    A *use* is one expert in one layer call. `hits`: it was resident when the layer asked; `late`:
+    it had been asked for earlier and was under way; `misses`: nobody had asked before. hits + late
+    + misses = uses; what only padding needs counts in none of them. `hit_rate` is hits / uses, None
+    without uses. `wasted`: prefetched experts evicted, or still resident, unread. `stall_seconds`:
+    computation stood still because an expert was not there. `budget_bytes` = `slots` *
+    `slot_bytes` is what experts may take, `staging_bytes` come on top. `exact_layers` and
+    `predicted_layers` name the layers by how they are routed. `layers` has the counts of each
+    layer, `passes` and `tokens` (without padding) what went through encoder and decoder.
+    """
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = []
+        for row in rows:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join([*lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        head, *body = self._rows()
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        table = f"<tr>{cells}</tr>" + "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in body
+        )
+        notes = "<br>".join(html.escape(note) for note in self._notes())
+        return f"<table>{table}</table><p>{notes}</p>"
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["layer", "routing", *COLUMNS]]
+        for layer in self["layers"]:
+            rows.append([layer["name"], layer["routing"], *_cells(layer)])
+        return [*rows, ["all", "", *_cells(self)]]
+
+    def _notes(self) -> list[str]:
+        place = "used in place" if self["in_place"] else f"{self['policy']} eviction"
+        staging = f" + {size(self['staging_bytes'])} staging" if self["staging_bytes"] else ""
+        return [
+            f"{self['passes']} passes, {self['tokens']} tokens; moved "
+            f"{size(self['bytes_moved'])} ({self['loads']} experts, {self['prefetches']} ahead of "
+            f"use, {self['wasted']} wasted)",
+            f"room for {self['slots']} of {self['total_experts']} experts: "
+            f"{size(self['budget_bytes'])}{staging}; {self['resident_experts']} resident, {place}",
+        ]
+
+
+def hit_rate(counts: dict[str, Any]) -> float | None:
+    """Return hits / uses, None where there were none."""
+    uses: int = counts["uses"]
+    return counts["hits"] / uses if uses else None
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as people read it."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _cells(counts: dict[str, Any]) -> list[str]:
+    rate = counts["hit_rate"]
+    return [
+        *(str(counts[name]) for name in ("calls", "uses", "hits", "late", "misses")),
+        "-" if rate is None else f"{100 * rate:.1f} %",
+        f"{1000 * counts['stall_seconds']:.1f} ms",
+    ]

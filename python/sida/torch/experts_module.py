@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A torch module that has experts computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class ExpertsModule(nn.Module):
+    """Stands where a model keeps a layer's experts; has no parameters.
+
+    Checks what the experts' arithmetic cannot honour, then calls `compute`.
+
+    Attributes:
+        compute: (hidden states [T, H], ids [T, k], weights [T, k]) to [T, H]; None when closed.
+        num_experts: Experts of the layer.
+        dropout: Share that the original experts drop in training.
+    """
+
+    def __init__(self, num_experts: int, dropout: float) -> None:
+        super().__init__()
+        self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.num_experts, self.dropout = num_experts, dropout
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the experts' weighted sum for every token.
+
+        Raises:
+            RuntimeError: Gradients, dropout or autocast are wanted, or the handle was closed.
+        """
+        self._check(hidden_states, top_k_weights)
+        if self.compute is None:
+            raise RuntimeError(CLOSED)
+        return self.compute(hidden_states, top_k_index, top_k_weights)
+
+    def predicted(self, hidden_states: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Compute by hash table, with the same checks as `forward`."""
+        self._check(hidden_states)
+        return compute(hidden_states)
+
+    def extra_repr(self) -> str:
+        """Return what repr(model) shows."""
+        return f"{self.num_experts} experts, offloaded by sida"
+
+    def _check(self, *tensors: Tensor) -> None:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                "gradients do not flow through offloaded experts: call the model under "
+                "torch.no_grad(), or model.requires_grad_(False) first"
+            )
+        if self.training and self.dropout > 0:
+            raise RuntimeError(
+                f"the model is in training mode, in which its experts have dropout "
+                f"({self.dropout}); offloaded experts only do inference: call model.eval()"
+            )
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device):
+            raise RuntimeError(
+                "autocast is on, but offloaded experts compute in the dtype of their weights: "
+                "leave autocast, and load the model in the dtype that you want"
+            )
+
+
+CLOSED = "the handle of this model's experts was closed; offload or load the model again"
