@@ -132,7 +132,7 @@ def read_jsonl(path: Path) -> list[Gloss]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized texts: ``ids`` int64 [N, longest] (0 = pad), ``lengths`` and ``labels`` int64 [N]."""
+    """Tokenized texts: ``ids`` [N, longest] (0 = pad), ``lengths`` and ``labels`` [N], all int64."""
 
     ids: Tensor
     lengths: Tensor

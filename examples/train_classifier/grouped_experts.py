@@ -2,8 +2,8 @@
 """Fast training of Switch layers: one grouped matrix product for all experts of a layer.
 
 transformers runs the experts in a Python loop with a device synchronisation for each. Here a
-layer's experts are stacked for a while; `hugging_face_state` gives the weights back under transformers'
-names, so that nothing of this is needed to use the model.
+layer's experts are stacked for a while; `hugging_face_state` gives the weights back under
+transformers' names, so that nothing of this is needed to use the model.
 """
 
 from __future__ import annotations

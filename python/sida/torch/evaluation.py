@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
 from sida.torch.teacher import (
     Batch,
     MoeAdapter,
@@ -15,7 +17,6 @@ from sida.torch.teacher import (
     model_device,
     record_routing,
 )
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sida.torch.predictor import Predictor

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
-import torch
 from sida.torch.architectures import Network, make_network
 from sida.torch.teacher import Batch, MoeAdapter
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sida.torch.evaluation import Evaluation

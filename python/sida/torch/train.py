@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-import torch
 from sida.torch.architectures import Network, make_network
 from sida.torch.predictor import Predictor
 from sida.torch.teacher import Batch, MoeAdapter, RoutingRecord, record_routing
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 TRUNCATION = 30
 """Router logits of the teacher that are distilled (T of the paper's truncated distillation)."""
