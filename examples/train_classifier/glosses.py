@@ -132,7 +132,7 @@ def read_jsonl(path: Path) -> list[Gloss]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized texts: ``ids`` [N, longest] (0 = pad), ``lengths`` and ``labels`` [N], all int64."""
+    """Tokenized texts: int64 ``ids`` [N, longest] (0 = pad), ``lengths`` [N] and ``labels`` [N]."""
 
     ids: Tensor
     lengths: Tensor

@@ -39,7 +39,7 @@ def find_wordnet(downloads: Path) -> Path:
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             raise RuntimeError(
                 "no WordNet found: install Debian's wordnet-base (apt-get install wordnet-base) "
-                "or pass --wordnet with a folder that holds data.noun, data.verb, data.adj, data.adv"
+                "or pass --wordnet with a folder that holds data.noun, data.verb, data.adj data.adv"
             ) from error
     return unpacked / "usr/share/wordnet"
 
