@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <cstring>
 #include <utility>
 
 #include "dlpack.hpp"
@@ -82,7 +81,7 @@ Array::Array(const py::handle& object, const std::string& name) : name_(name) {
       as_bfloat16 ? object.attr("view")("uint16") : py::reinterpret_borrow<py::object>(object);
   const py::capsule capsule = export_array(source, name);
   const dlpack::Tensor* tensor = nullptr;
-  if (std::strcmp(PyCapsule_GetName(capsule.ptr()), "dltensor_versioned") == 0) {
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     owner_ =
         take<dlpack::ManagedVersioned>(capsule, "dltensor_versioned", "used_dltensor_versioned");
     const auto* managed = static_cast<const dlpack::ManagedVersioned*>(owner_.get());
@@ -104,17 +103,14 @@ Array::Array(const py::handle& object, const std::string& name) : name_(name) {
                    "numpy.ascontiguousarray() on it");
   shape_.assign(tensor->shape, tensor->shape + tensor->dimensions);
   data_ = static_cast<const std::byte*>(tensor->data) + tensor->byte_offset;
+  SIDA_EXPECTS(reinterpret_cast<std::uintptr_t>(data_) % size_of(type_) == 0,
+               name + ": expected memory aligned to the dtype; copy the array first");
 }
 
 TensorView Array::writable() const {
   SIDA_EXPECTS(!read_only_,
                name_ + ": expected an array that can be written to, got a read-only one");
   return {static_cast<std::byte*>(const_cast<void*>(data_)), type_, shape_};
-}
-
-std::span<const std::uint8_t> Array::flags() const {
-  SIDA_EXPECTS(type_ == DataType::u8, name_ + ": expected bool or uint8, got " + view().describe());
-  return {static_cast<const std::uint8_t*>(data_), static_cast<std::size_t>(view().elements())};
 }
 
 std::vector<std::int64_t> Array::indices() const {
@@ -129,6 +125,21 @@ std::vector<std::int64_t> Array::indices() const {
   return {begin, begin + count};
 }
 
+std::vector<std::uint8_t> Array::flags() const {
+  std::vector<std::uint8_t> flags;
+  if (type_ == DataType::u8) {
+    const auto* begin = static_cast<const std::uint8_t*>(data_);
+    for (std::int64_t i = 0; i < view().elements(); ++i) flags.push_back(begin[i] != 0);
+  } else {
+    for (const std::int64_t value : indices()) flags.push_back(value != 0);
+  }
+  return flags;
+}
+
+std::vector<std::uint8_t> mask_of(const py::object& mask) {
+  return mask.is_none() ? std::vector<std::uint8_t>{} : Array(mask, "mask").flags();
+}
+
 py::object empty_array(const py::handle& like, DataType type,
                        const std::vector<std::int64_t>& shape) {
   static constexpr std::pair<DataType, const char*> names[] = {{DataType::f32, "float32"},
@@ -141,7 +152,8 @@ py::object empty_array(const py::handle& like, DataType type,
   const auto library = py::str(py::type::of(like).attr("__module__")).cast<std::string>();
   if (library.substr(0, library.find('.')) == "torch") {
     const py::module_ torch = py::module_::import("torch");
-    return torch.attr("empty")(shape, py::arg("dtype") = torch.attr(name.c_str()));
+    return torch.attr("empty")(shape, py::arg("dtype") = torch.attr(name.c_str()),
+                               py::arg("device") = "cpu");
   }
   const py::module_ numpy = py::module_::import("numpy");
   const py::object dtype =

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -29,9 +28,11 @@ class Array {
   const std::vector<std::int64_t>& shape() const noexcept { return shape_; }
   DataType type() const noexcept { return type_; }
 
-  /// The elements, which are to be u8 (or bool); i64. @throws InvalidArgument for another dtype.
-  std::span<const std::uint8_t> flags() const;
+  /// The elements of an i64 or i32 array. @throws InvalidArgument for another dtype.
   std::vector<std::int64_t> indices() const;
+  /// For each element, which are bool, u8, i32 or i64, whether it is not 0. @throws
+  /// InvalidArgument.
+  std::vector<std::uint8_t> flags() const;
 
  private:
   std::string name_;
@@ -42,7 +43,10 @@ class Array {
   bool read_only_ = false;
 };
 
-/// A new array of the library that `like` comes from (torch, NumPy, ...).
+/// The flags of a mask (nonzero: token); None has none, which means that all are tokens.
+std::vector<std::uint8_t> mask_of(const py::object& mask);
+
+/// A new array in RAM, of the library that `like` comes from (torch, NumPy, ...).
 py::object empty_array(const py::handle& like, DataType type,
                        const std::vector<std::int64_t>& shape);
 

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -23,11 +25,13 @@ Budget budget_of(const py::handle& memory) {
         "memory: expected bytes (int or \"2GiB\"), a fraction (float or \"20%\") or a count (\"12 "
         "experts\"), got " +
         py::repr(memory).cast<std::string>());
-  const py::int_ number(py::reinterpret_steal<py::object>(PyNumber_Index(memory.ptr())));
-  SIDA_EXPECTS(number > py::int_(0), "memory: expected more than 0 bytes, got " +
-                                         py::str(number).cast<std::string>() +
-                                         "; the smallest budget is \"1 expert\"");
-  return Budget::bytes(number.cast<std::uint64_t>());
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(memory.ptr()));
+  if (!number) throw py::error_already_set();
+  int overflow = 0;  // beyond 64 bits: all experts, or less than none
+  const long long bytes = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (overflow != 0)
+    return Budget::bytes(overflow > 0 ? std::numeric_limits<std::int64_t>::max() : -1);
+  return Budget::bytes(bytes);
 }
 
 void bind_cache(py::module_& module) {

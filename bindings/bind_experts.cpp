@@ -43,7 +43,7 @@ py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
 
 void bind_experts(py::module_& module) {
   py::class_<AnyExperts, std::shared_ptr<AnyExperts>>(
-      module, "OffloadedExperts",
+      module, "OffloadedExperts", py::release_gil_before_calling_cpp_dtor(),
       "The experts of one MoE layer. Calls from several threads take turns.")
       .def(
           py::init([](AnyScheduler& scheduler, std::int32_t layer, int threads, bool skip_padding) {

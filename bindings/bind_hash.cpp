@@ -5,8 +5,10 @@
 #include <pybind11/stl/filesystem.h>
 
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "array.hpp"
@@ -19,9 +21,38 @@
 namespace sida::bindings {
 namespace {
 
-template <class T>
-std::vector<T> copied(const py::array_t<T, py::array::c_style | py::array::forcecast>& array) {
-  return {array.data(), array.data() + array.size()};
+// Ids are not cast silently: 1.7 is no expert.
+using Ids = py::array_t<std::int64_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+void expect_shape(const py::array& array, const std::vector<std::int64_t>& expected,
+                  const char* name) {
+  const std::vector<std::int64_t> shape(array.shape(), array.shape() + array.ndim());
+  SIDA_EXPECTS(shape == expected, std::string(name) +
+                                      ": expected shape (layers, tokens, candidates) = " +
+                                      py::str(py::cast(expected)).cast<std::string>() + ", got " +
+                                      py::str(py::cast(shape)).cast<std::string>());
+}
+
+HashTable make_table(std::int32_t layers, std::int32_t candidates, std::vector<std::uint64_t> keys,
+                     std::vector<std::int64_t> offsets, const Ids& ids, const Floats& probs,
+                     const Floats& scale) {
+  SIDA_EXPECTS(!offsets.empty(), "offsets: expected one more than keys, got none");
+  const std::vector<std::int64_t> shape{layers, offsets.back(), candidates};
+  expect_shape(ids, shape, "ids");
+  expect_shape(probs, shape, "probs");
+  expect_shape(scale, shape, "scale");
+  HashTable table{layers, candidates, std::move(keys), std::move(offsets), {}, {}, {}};
+  for (py::ssize_t i = 0; i < ids.size(); ++i) {
+    const std::int64_t id = ids.data()[i];
+    SIDA_EXPECTS(id >= -1 && id <= std::numeric_limits<std::int32_t>::max(),
+                 "ids: expected experts, or -1 for none; got " + std::to_string(id));
+    table.ids.push_back(static_cast<std::int32_t>(id));
+  }
+  table.probs.assign(probs.data(), probs.data() + probs.size());
+  table.scale.assign(scale.data(), scale.data() + scale.size());
+  table.validate();
+  return table;
 }
 
 // A copy: the table may go before the array does.
@@ -32,36 +63,12 @@ py::array_t<T> shaped(const HashTable& table, const std::vector<T>& values) {
   return array;
 }
 
-std::vector<std::uint8_t> mask_of(const py::object& mask, std::int64_t tokens) {
-  if (mask.is_none()) return {};
-  const Array array(mask, "mask");
-  SIDA_EXPECTS(array.view().elements() == tokens, "mask: expected " + std::to_string(tokens) +
-                                                      " elements, got " + array.view().describe());
-  if (array.type() == DataType::u8) return {array.flags().begin(), array.flags().end()};
-  std::vector<std::uint8_t> flags;
-  for (const std::int64_t value : array.indices()) flags.push_back(value != 0);
-  return flags;
-}
-
 void bind_table(py::module_& module) {
-  using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
   py::class_<HashTable>(
       module, "HashTable",
       "For every MoE layer and token, which experts will be active and with what scale.")
-      .def(py::init(
-               [](std::int32_t layers, std::int32_t candidates,
-                  const std::vector<std::uint64_t>& keys, const std::vector<std::int64_t>& offsets,
-                  const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& ids,
-                  const Floats& probs, const Floats& scale) {
-                 HashTable table{layers,      candidates,    keys,         offsets,
-                                 copied(ids), copied(probs), copied(scale)};
-                 SIDA_EXPECTS(!table.offsets.empty(),
-                              "offsets: expected one more than keys, got none");
-                 table.validate();
-                 return table;
-               }),
-           py::kw_only(), py::arg("layers"), py::arg("candidates"), py::arg("keys"),
-           py::arg("offsets"), py::arg("ids"), py::arg("probs"), py::arg("scale"))
+      .def(py::init(&make_table), py::kw_only(), py::arg("layers"), py::arg("candidates"),
+           py::arg("keys"), py::arg("offsets"), py::arg("ids"), py::arg("probs"), py::arg("scale"))
       .def_static("load", &load_hash_table, py::arg("path"),
                   py::call_guard<py::gil_scoped_release>(),
                   "The table in a file that save() or a handle's record() wrote.")
@@ -115,8 +122,7 @@ void bind_predictor(py::module_& module) {
           [](const Predictor& predictor, const py::object& embeddings, const py::object& mask,
              std::uint64_t key, std::int32_t candidates) {
             const Array array(embeddings, "embeddings");
-            const auto& shape = array.shape();
-            const auto flags = mask_of(mask, shape.size() == 3 ? shape[0] * shape[1] : 0);
+            const auto flags = mask_of(mask);
             const py::gil_scoped_release unlocked;
             return predictor.predict(array.view(), flags, key, candidates);
           },
@@ -146,7 +152,7 @@ void bind_hash(py::module_& module) {
       "batch_key",
       [](const py::object& ids, const py::object& mask) {
         const Array array(ids, "ids");
-        return batch_key(array.indices(), mask_of(mask, array.view().elements()));
+        return batch_key(array.indices(), mask_of(mask));
       },
       py::arg("ids"), py::arg("mask") = py::none(),
       "Key by which a hash table finds its batch, from token ids and attention mask.");

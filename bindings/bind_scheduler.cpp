@@ -4,12 +4,18 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <cxxabi.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -23,7 +29,7 @@ namespace sida::bindings {
 namespace {
 
 // At interpreter exit threads that wait for the GIL would never get it: all schedulers are closed
-// before.
+// before. A source that does not return is waited for a little only: exit does not hang.
 class LiveSchedulers {
  public:
   void add(const std::shared_ptr<AnyScheduler>& scheduler) {
@@ -37,18 +43,42 @@ class LiveSchedulers {
       const std::lock_guard lock(mutex_);
       all.swap(schedulers_);
     }
-    for (const auto& weak : all)
-      if (const auto scheduler = weak.lock()) scheduler->close();
+    std::promise<void> done;
+    const std::future<void> closed = done.get_future();
+    std::thread closing([all = std::move(all), done = std::move(done)]() mutable {
+      for (const auto& weak : all)
+        if (const auto scheduler = weak.lock()) scheduler->close();
+      done.set_value();
+    });
+    if (closed.wait_for(patience) == std::future_status::ready) {
+      closing.join();
+    } else {
+      closing.detach();
+    }
   }
 
  private:
+  static constexpr std::chrono::seconds patience{5};
   std::mutex mutex_;
   std::vector<std::weak_ptr<AnyScheduler>> schedulers_;
 };
 
 LiveSchedulers& live() {
-  static LiveSchedulers schedulers;
-  return schedulers;
+  static auto* const schedulers = new LiveSchedulers;  // outlives what is left running at exit
+  return *schedulers;
+}
+
+// Calls `function`. While the interpreter finalizes, a thread that asks for the GIL is unwound,
+// through frames that must not be: it stands still instead, until the process has ended.
+py::object call(const py::function& function) {
+  PyObject* result = nullptr;
+  try {
+    result = PyObject_CallNoArgs(function.ptr());
+  } catch (abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
 }
 
 // `source` is called, and in the end let go, on threads that do not hold the GIL.
@@ -60,8 +90,11 @@ HashBuilder::Source source_of(py::function function) {
   const std::shared_ptr<py::function> held(new py::function(std::move(function)), let_go);
   return [held]() -> std::optional<HashTable> {
     const py::gil_scoped_acquire locked;
-    const py::object result = (*held)();
+    const py::object result = call(*held);
     if (result.is_none()) return std::nullopt;
+    if (!py::isinstance<HashTable>(result))
+      throw py::type_error("source: expected a HashTable, or None at the end; got " +
+                           py::str(py::type::of(result)).cast<std::string>());
     return result.cast<HashTable>();
   };
 }
@@ -94,15 +127,6 @@ py::dict dict_of(const CacheStats& stats) {
   return dict;
 }
 
-std::vector<std::uint8_t> flags_of(const py::object& mask) {
-  if (mask.is_none()) return {};
-  const Array array(mask, "mask");
-  if (array.type() == DataType::u8) return {array.flags().begin(), array.flags().end()};
-  std::vector<std::uint8_t> flags;
-  for (const std::int64_t value : array.indices()) flags.push_back(value != 0);
-  return flags;
-}
-
 std::shared_ptr<AnyScheduler> make_scheduler(AnyCache& cache, int transfer_threads,
                                              std::size_t chunk_bytes, std::int64_t uses_ahead,
                                              double threshold) {
@@ -120,10 +144,9 @@ void bind_scheduler(py::module_& module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   const SchedulerOptions defaults;
   py::class_<AnyScheduler, std::shared_ptr<AnyScheduler>>(
-      module, "OffloadScheduler",
+      module, "OffloadScheduler", py::release_gil_before_calling_cpp_dtor(),
       "Brings experts to fast memory ahead of use. Passes and layer calls come one after the "
-      "other; stats(), trace() "
-      "and close() may be called from any thread at any time.")
+      "other; stats(), trace() and close() may be called from any thread at any time.")
       .def(py::init(&make_scheduler), py::arg("cache"), py::kw_only(),
            py::arg("transfer_threads") = defaults.transfers.threads,
            py::arg("chunk_bytes") = defaults.transfers.chunk_bytes,
@@ -147,7 +170,7 @@ void bind_scheduler(py::module_& module) {
           "begin_pass",
           [](AnyScheduler& self, std::optional<HashTable> table, std::uint64_t key,
              const py::object& mask) {
-            const auto flags = flags_of(mask);
+            const auto flags = mask_of(mask);
             const py::gil_scoped_release unlocked;
             self.begin_pass(std::move(table), key, flags);
           },
@@ -155,7 +178,11 @@ void bind_scheduler(py::module_& module) {
           py::arg("mask") = py::none(), "Begins a pass with a table of the caller's, or none.")
       .def(
           "set_mask",
-          [](AnyScheduler& self, const py::object& mask) { self.set_mask(flags_of(mask)); },
+          [](AnyScheduler& self, const py::object& mask) {
+            const auto flags = mask_of(mask);
+            const py::gil_scoped_release unlocked;
+            self.set_mask(flags);
+          },
           py::arg("mask"), "Gives the pass at hand its mask (nonzero: token).")
       .def("end_pass", &AnyScheduler::end_pass, Unlocked())
       .def(
