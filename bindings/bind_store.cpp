@@ -12,6 +12,7 @@
 
 #include "array.hpp"
 #include "bind.hpp"
+#include "budget.hpp"
 #include "engine.hpp"
 #include "sida/cache/array_store.hpp"
 #include "sida/cache/throttled_store.hpp"
@@ -28,8 +29,10 @@ Store open_store(const std::filesystem::path& path,
   if (layers) search.layers = *layers;
   if (dtype) search.dtype = parse_data_type(*dtype);
   search.config = config;
-  const auto store = CheckpointStore::open(path, search);
-  return {store, store->config(), store->layer_names()};
+  const auto checkpoint = Checkpoint::open(path);
+  const CheckpointExperts experts = find_experts(*checkpoint, search);
+  return {std::make_shared<CheckpointStore>(checkpoint, experts), experts.config,
+          experts.layer_names, experts.layout};
 }
 
 // The arrays of the experts, kept as long as the store.
@@ -91,7 +94,7 @@ Store store_of_arrays(const MoeConfig& config, const py::sequence& layers) {
   }
   return {std::make_shared<ArrayStore>(config.layers, config.experts, layout.slab_bytes,
                                        std::move(parts), arrays),
-          config, names};
+          config, names, "arrays"};
 }
 
 }  // namespace
@@ -113,17 +116,27 @@ void bind_store(py::module_& module) {
           [](const Store& self, double bytes_per_second, double latency_seconds) {
             return Store{
                 std::make_shared<ThrottledStore>(self.store, bytes_per_second, latency_seconds),
-                self.config, self.layer_names};
+                self.config, self.layer_names, self.layout};
           },
           py::kw_only(), py::arg("bytes_per_second"), py::arg("latency_seconds") = 0.0,
           "The same experts behind a link of the stated bandwidth and latency.")
       .def_readonly("config", &Store::config)
       .def_readonly("layer_names", &Store::layer_names)
+      .def_readonly("layout", &Store::layout,
+                    "How the checkpoint keeps its experts' tensors; \"arrays\" without one.")
       .def_property_readonly("slab_bytes",
                              [](const Store& self) { return self.store->slab_bytes(); })
       .def_property_readonly(
           "staging_bytes", [](const Store& self) { return self.store->staging_bytes(); },
           "Bytes that reading needs beside the destination.")
+      .def(
+          "slots",
+          [](const Store& self, const py::object& memory) {
+            return budget_of(memory).slots(self.config.total_experts(), self.store->slab_bytes(),
+                                           self.store->staging_bytes());
+          },
+          py::arg("memory"),
+          "Experts that ExpertCache(self, memory) has room for; takes no memory itself.")
       .def(
           "read",
           [](const Store& self, std::int32_t layer, std::int32_t expert) {

@@ -27,6 +27,7 @@ struct Store {
   std::shared_ptr<ExpertStore> store;
   MoeConfig config;
   std::vector<std::string> layer_names;
+  std::string layout;  ///< of the tensors that slabs are read from
 };
 
 class AnyExperts {
