@@ -3,7 +3,7 @@ include(CMakePackageConfigHelpers)
 
 install(TARGETS sida EXPORT sidaTargets FILE_SET HEADERS
         DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
-set(sida_cmake_dir "${CMAKE_INSTALL_LIBDIR}/cmake/sida")
+set(sida_cmake_dir "${CMAKE_INSTALL_DATADIR}/cmake/sida") # headers only: no library folder
 install(EXPORT sidaTargets NAMESPACE sida:: DESTINATION "${sida_cmake_dir}")
 configure_package_config_file(cmake/sidaConfig.cmake.in "${PROJECT_BINARY_DIR}/sidaConfig.cmake"
                               INSTALL_DESTINATION "${sida_cmake_dir}")

@@ -10,7 +10,8 @@ target_link_libraries(sida INTERFACE Eigen3::Eigen nlohmann_json::nlohmann_json 
 # Warnings and sanitizers for a target of sida's own; never passed on to users.
 function(sida_own_target target)
   target_link_libraries(${target} PRIVATE sida::sida)
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wconversion -Werror
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wconversion
+                                           $<$<BOOL:${SIDA_WARNINGS_ARE_ERRORS}>:-Werror>
                                            "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
     target_compile_options(${target} PRIVATE -Wno-restrict) # false for std::string's operator+
