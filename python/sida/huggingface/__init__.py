@@ -4,7 +4,7 @@
 from sida.huggingface.adapter import ExpertAdapter, ExpertLinear, find_adapter
 from sida.huggingface.handle import Offloaded
 from sida.huggingface.loading import from_pretrained
-from sida.huggingface.offload import offload
+from sida.huggingface.offloading import offload
 
 __all__ = [
     "ExpertAdapter",

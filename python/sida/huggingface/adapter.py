@@ -41,7 +41,7 @@ class ExpertLinear:
 class Stack:
     """A stack of blocks whose call is one pass through its MoE layers."""
 
-    module: nn.Module
+    module: Any
     layers: Sequence[int]
     """Indices of its MoE layers."""
     predictable: bool

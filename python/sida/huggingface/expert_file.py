@@ -57,10 +57,11 @@ class ExpertFile:
         if self._saved:
             size = self._saved[-1].end
         _check_room(parent, size)
-        self._folder = tempfile.mkdtemp(prefix="sida-experts-", dir=parent)
-        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self.path = Path(self._folder) / "experts.safetensors"
+        self.path = (
+            Path(tempfile.mkdtemp(prefix="sida-experts-", dir=parent)) / "experts.safetensors"
+        )
         self._file: BinaryIO = self.path.open("w+b")
+        self._discard = weakref.finalize(self, _remove, self._file, self.path.parent)
         try:
             self._write(len(adapter.layer_names))
         except BaseException:
@@ -68,18 +69,11 @@ class ExpertFile:
             raise
 
     def restore(self) -> None:
-        """Put equal weights back into the modules, and remove the file. Idempotent."""
-        if self._file.closed:
-            return
+        """Put equal weights back into the modules, and remove the file."""
         for saved in self._saved[: self._moved]:
             weight = _read(self._file, self._begin + saved.begin, saved)
             saved.linear.module.weight = nn.Parameter(weight, requires_grad=saved.requires_grad)
-        self.discard()
-
-    def discard(self) -> None:
-        """Remove the file without putting anything back. Idempotent."""
-        self._file.close()
-        self._remove()
+        self._discard()
 
     def _write(self, layers: int) -> None:
         header = {
@@ -131,13 +125,18 @@ def _plan(adapter: ExpertAdapter) -> list[_Saved]:
 
 def _read(file: BinaryIO, begin: int, saved: _Saved) -> Tensor:
     weight = torch.empty(saved.shape, dtype=saved.dtype)
-    view = memoryview(weight.view(torch.uint8).numpy()).cast("B")
+    view = memoryview(weight.view(torch.uint8).numpy().data).cast("B")
     while view:
         count = os.preadv(file.fileno(), [view], begin)
         if count == 0:
             raise OSError(f"the file of the experts ends early: {file.name}")
         view, begin = view[count:], begin + count
     return weight
+
+
+def _remove(file: BinaryIO, folder: Path) -> None:
+    file.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_room(folder: Path, size: int) -> None:

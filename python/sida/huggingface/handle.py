@@ -51,10 +51,10 @@ class Offloaded:
         self._engine: Engine | None = None
         self._start(memory)
         assert self._engine is not None
-        self._passes = Passes(adapter, tables, self._engine)
+        self._passes: Passes = Passes(adapter, tables, self._engine)
         self._passes.install()
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+            model.__dict__["save_pretrained"] = _refuse_to_save
 
     @property
     def model(self) -> nn.Module:

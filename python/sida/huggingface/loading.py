@@ -72,7 +72,7 @@ def from_pretrained(
         policy: As in `sida.offload`.
         threads: As in `sida.offload`.
         skip_padding: As in `sida.offload`.
-        offload_dir: Not needed: experts stay in the checkpoint. Only here for `sida.offload`'s sake.
+        offload_dir: Of no effect: experts stay in the checkpoint.
         host_memory: As in `sida.offload`.
         **hf_kwargs: Passed to the class's from_pretrained.
 
@@ -97,13 +97,13 @@ def from_pretrained(
     with _without_experts():
         model: nn.Module = chosen.from_pretrained(folder, dtype=dtype, **hf_kwargs)
     adapter = find_adapter(model)
-    name = checks.DTYPES.get(_dtype_of(model))
-    if name is None:
+    kind = checks.DTYPES.get(_dtype_of(model))
+    if kind is None:
         raise ValueError(
             f"expected a model in float32, float16 or bfloat16, got {_dtype_of(model)}: pass dtype="
         )
-    config = adapter.config(name)
-    store = ExpertStore.open(folder, layers=adapter.layer_names, dtype=name, config=config)
+    config = adapter.config(kind)
+    store = ExpertStore.open(folder, layers=adapter.layer_names, dtype=kind, config=config)
     return Offloaded(
         model,
         adapter,

@@ -125,9 +125,7 @@ class Passes:
         layers = len(self._adapter.layer_names)
         if batch is None:
             return None, empty_table(layers, 0)
-        if self._tables is None:
-            return batch.key, empty_table(layers, batch.key)
-        return batch.key, self._tables.build(batch.key, batch.embeddings, batch.mask)
+        return batch.key, self._build(batch) or empty_table(layers, batch.key)
 
     def _wrapped(self, stack: Stack, forward: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(forward)
@@ -160,7 +158,9 @@ class Passes:
         elif batch.key == ahead:
             engine.scheduler.set_mask(batch.mask)
         else:
-            table = None
-            if self._tables is not None:
-                table = self._tables.build(batch.key, batch.embeddings, batch.mask)
-            engine.scheduler.begin_pass(table, key=batch.key, mask=batch.mask)
+            engine.scheduler.begin_pass(self._build(batch), key=batch.key, mask=batch.mask)
+
+    def _build(self, batch: StackBatch) -> HashTable | None:
+        if self._tables is None or batch.mask.numel() == 0:
+            return None
+        return self._tables.build(batch.key, batch.embeddings, batch.mask)

@@ -37,11 +37,24 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-ROUTING_CONFIG = (
-    "d_model d_kv d_ff num_heads num_layers num_decoder_layers num_sparse_encoder_layers "
-    "num_sparse_decoder_layers num_experts expert_capacity router_bias vocab_size dense_act_fn "
-    "relative_attention_num_buckets relative_attention_max_distance layer_norm_epsilon"
-).split()
+ROUTING_CONFIG = [
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_heads",
+    "num_layers",
+    "num_decoder_layers",
+    "num_sparse_encoder_layers",
+    "num_sparse_decoder_layers",
+    "num_experts",
+    "expert_capacity",
+    "router_bias",
+    "vocab_size",
+    "dense_act_fn",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+]
 """What a model's routing depends on beside its weights."""
 
 
@@ -73,6 +86,7 @@ class SwitchSparseMlp(nn.Module):
     loading = threading.local()
 
     def __new__(cls, config: Any) -> Any:
+        """Build the original on threads that do not load."""
         if not getattr(cls.loading, "active", False):
             return SparseMlp(config)
         return super().__new__(cls)
@@ -167,7 +181,7 @@ class SwitchAdapter:
         found = []
         for i in range(self.num_experts):
             expert = owner[f"expert_{i}"]
-            pair = []
+            pair: list[ExpertLinear] = []
             for part in ("wi", "wo"):
                 linear = getattr(expert, part, None)
                 if type(linear) is not nn.Linear or linear.bias is not None:
@@ -193,8 +207,10 @@ class SwitchAdapter:
         if compute_predicted is not None:
 
             def forward(hidden_states: Tensor) -> Tensor:
-                flat = mlp.experts.predicted(hidden_states.flatten(0, -2), compute_predicted)
-                return flat.view_as(hidden_states)
+                rows: Tensor = mlp.experts.predicted(
+                    hidden_states.flatten(0, -2), compute_predicted
+                )
+                return rows.view_as(hidden_states)
 
             mlp.forward = forward
 
@@ -214,12 +230,15 @@ class SwitchAdapter:
         """Return the encoder."""
         for stack in self._stacks:
             if stack.predictable:
-                return stack.module
+                module: nn.Module = stack.module
+                return module
         raise ValueError("the model has no encoder whose routing could be foretold")
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look up the encoder's token embeddings; Switch adds no positions to them."""
-        weight: Tensor = self.stack().embed_tokens.weight
+        embedding = self.stack().get_submodule("embed_tokens")
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
         return F.embedding(input_ids.to(weight.device), weight.detach())
 
     def routers(self) -> list[nn.Module]:
