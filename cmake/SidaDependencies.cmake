@@ -1,7 +1,8 @@
 # What the public headers need: Eigen, nlohmann/json, threads. Packages of the system, or of PyPI
 # (cmeel-eigen, nlohmann-json) where a wheel is built; never fetched.
 find_package(Threads REQUIRED)
-find_package(Eigen3 3.4 CONFIG QUIET PATH_SUFFIXES cmeel.prefix)
+list(TRANSFORM CMAKE_PREFIX_PATH APPEND "/cmeel.prefix" OUTPUT_VARIABLE cmeel_prefixes)
+find_package(Eigen3 3.4 CONFIG QUIET HINTS ${cmeel_prefixes})
 find_package(nlohmann_json 3.11 QUIET)
 set(missing "")
 if(NOT TARGET Eigen3::Eigen)
