@@ -37,21 +37,29 @@ Budget budget_of(const py::handle& memory) {
 void bind_cache(py::module_& module) {
   py::class_<AnyCache, std::shared_ptr<AnyCache>>(
       module, "ExpertCache",
-      "Experts in fast memory under a hard limit: one arena of equal slots. Thread-safe.")
-      .def(py::init([](const Store& store, const py::object& memory, const std::string& policy,
-                       const std::string& device) {
-             const Budget budget = budget_of(memory);
-             const py::gil_scoped_release unlocked;
-             return make_cache(store, budget, policy, device);
-           }),
-           py::arg("store"), py::arg("memory"), py::kw_only(), py::arg("policy") = "auto",
-           py::arg("device") = "cpu")
-      .def_property_readonly("slots", &AnyCache::slots)
-      .def_property_readonly("slot_bytes", &AnyCache::slot_bytes)
+      "Experts in fast memory under a hard limit: one arena of equal slots. Thread-safe.\n\n"
+      "memory: bytes (int, \"2GiB\"), a fraction of all experts (float, \"20%\") or a count over "
+      "all "
+      "layers (\"12 experts\"). policy: fifo, lru, lfu, lookahead, auto. With arrays in RAM and a "
+      "budget for all experts the arrays are used in place.")
+      .def(
+          py::init([](const Store& store, const py::object& memory, const std::string& policy,
+                      const std::string& device) {
+            const Budget budget = budget_of(memory);
+            const py::gil_scoped_release unlocked;
+            return make_cache(store, budget, policy, device);
+          }),
+          py::arg("store"), py::arg("memory"), py::kw_only(), py::arg("policy") = "auto",
+          py::arg("device") = "cpu",
+          "Allocates the arena.\n\n"
+          "Raises:\n    ValueError: A budget that buys no expert, or an unknown policy or device.\n"
+          "    MemoryError: The budget is larger than the memory that is available.")
+      .def_property_readonly("slots", &AnyCache::slots, "Experts that are resident at most.")
+      .def_property_readonly("slot_bytes", &AnyCache::slot_bytes, "Bytes of one expert's slot.")
       .def_property_readonly("capacity_bytes", &AnyCache::capacity_bytes,
                              "Bytes of the arena; 0 in place.")
-      .def_property_readonly("policy", &AnyCache::policy)
-      .def_property_readonly("device", &AnyCache::device)
+      .def_property_readonly("policy", &AnyCache::policy, "fifo, lru, lfu or lookahead.")
+      .def_property_readonly("device", &AnyCache::device, "cpu.")
       .def_property_readonly("in_place", &AnyCache::in_place,
                              "Whether the store's arrays are used where they are.")
       .def(

@@ -12,7 +12,10 @@ namespace sida::bindings {
 namespace py = pybind11;
 
 void bind_config(py::module_& module) {
-  py::class_<MoeConfig>(module, "MoeConfig", "The shape that all experts of a model share.")
+  py::class_<MoeConfig>(module, "MoeConfig",
+                        "The shape that all experts of a model share.\n\n"
+                        "An expert computes down(activation(up(x))), or gated "
+                        "down(activation(gate(x)) * up(x)).")
       .def(py::init([](std::int32_t layers, std::int32_t experts, std::int32_t hidden_size,
                        std::int32_t intermediate_size, std::int32_t top_k,
                        const std::string& activation, bool gated, bool up_bias, bool down_bias,
@@ -28,26 +31,31 @@ void bind_config(py::module_& module) {
            py::kw_only(), py::arg("layers"), py::arg("experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("top_k") = 1, py::arg("activation") = "relu",
            py::arg("gated") = false, py::arg("up_bias") = false, py::arg("down_bias") = false,
-           py::arg("dtype") = "f32")
+           py::arg("dtype") = "f32",
+           "activation: relu, gelu, gelu_tanh, silu; dtype: f32, f16, bf16.\n\n"
+           "Raises:\n    ValueError: A value that cannot be right, by name.")
       .def_readonly("layers", &MoeConfig::layers, "MoE layers of the model.")
       .def_readonly("experts", &MoeConfig::experts, "Experts in each layer.")
-      .def_readonly("hidden_size", &MoeConfig::hidden_size)
-      .def_readonly("intermediate_size", &MoeConfig::intermediate_size)
+      .def_readonly("hidden_size", &MoeConfig::hidden_size, "H, of the hidden states.")
+      .def_readonly("intermediate_size", &MoeConfig::intermediate_size, "I, inside an expert.")
       .def_readonly("top_k", &MoeConfig::top_k, "Experts that a token is routed to.")
       .def_property_readonly(
           "activation",
-          [](const MoeConfig& config) { return std::string(name_of(config.activation)); })
-      .def_readonly("gated", &MoeConfig::gated)
-      .def_readonly("up_bias", &MoeConfig::up_bias)
-      .def_readonly("down_bias", &MoeConfig::down_bias)
+          [](const MoeConfig& config) { return std::string(name_of(config.activation)); },
+          "relu, gelu (exact), gelu_tanh or silu.")
+      .def_readonly("gated", &MoeConfig::gated, "Whether an activated gate multiplies up.")
+      .def_readonly("up_bias", &MoeConfig::up_bias, "Whether up (and gate) have biases.")
+      .def_readonly("down_bias", &MoeConfig::down_bias, "Whether down has a bias.")
       .def_property_readonly(
           "dtype", [](const MoeConfig& config) { return std::string(name_of(config.dtype)); },
           "Of weights and hidden states: f32, f16, bf16 or f64.")
       .def_property_readonly(
           "slab_bytes", [](const MoeConfig& config) { return SlabLayout(config).slab_bytes; },
           "Bytes of fast memory that one expert takes.")
-      .def_property_readonly("total_experts", &MoeConfig::total_experts)
-      .def("__eq__", [](const MoeConfig& a, const MoeConfig& b) { return a == b; })
+      .def_property_readonly("total_experts", &MoeConfig::total_experts, "Over all layers.")
+      .def(
+          "__eq__", [](const MoeConfig& a, const MoeConfig& b) { return a == b; },
+          py::is_operator())
       .def("__repr__", [](const MoeConfig& config) {
         return "MoeConfig(layers=" + std::to_string(config.layers) +
                ", experts=" + std::to_string(config.experts) +

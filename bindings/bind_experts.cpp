@@ -44,7 +44,10 @@ py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
 void bind_experts(py::module_& module) {
   py::class_<AnyExperts, std::shared_ptr<AnyExperts>>(
       module, "OffloadedExperts", py::release_gil_before_calling_cpp_dtor(),
-      "The experts of one MoE layer. Calls from several threads take turns.")
+      "The experts of one MoE layer. Calls from several threads take turns.\n\n"
+      "Arrays are whatever has __dlpack__ and is contiguous in RAM; results are of the kind of "
+      "hidden_states. threads=0 takes one a core; layers of one scheduler share the first's "
+      "threads.")
       .def(
           py::init([](AnyScheduler& scheduler, std::int32_t layer, int threads, bool skip_padding) {
             const int chosen =
@@ -53,17 +56,30 @@ void bind_experts(py::module_& module) {
             return scheduler.make_experts(layer, chosen, skip_padding);
           }),
           py::arg("scheduler"), py::arg("layer"), py::kw_only(), py::arg("threads") = 0,
-          py::arg("skip_padding") = false)
+          py::arg("skip_padding") = false,
+          "skip_padding leaves rows of padding, by the pass's mask, out: they come out as "
+          "zeros.\n\n"
+          "Raises:\n    IndexError: No such layer.")
       .def("forward", &forward, py::arg("hidden_states"), py::arg("top_k_index"),
            py::arg("top_k_weights"), py::kw_only(), py::arg("out") = py::none(),
-           "out[t] = sum over j of weights[t, j] * expert index[t, j] (hidden[t]).")
+           "out[t] = sum over j of weights[t, j] * expert index[t, j] (hidden[t]).\n\n"
+           "hidden_states [T, H] of the config's dtype; top_k_index [T, k] int32 or int64; "
+           "top_k_weights [T, k] float32 or the config's dtype. Choices of weight 0 are left out. "
+           "Writes to out, where it is given.\n\n"
+           "Raises:\n    IndexError: An id out of range; nothing is written.\n"
+           "    ValueError: A shape, dtype or device that does not fit.\n"
+           "    OSError: An expert could not be read.\n"
+           "    RuntimeError: The scheduler was closed.")
       .def("forward_predicted", &forward_predicted, py::arg("hidden_states"), py::kw_only(),
            py::arg("out") = py::none(),
-           "As forward, with experts and scales from the pass's hash table.")
+           "As forward, with experts and scales from the pass's hash table.\n\n"
+           "Rows of padding are zeros.\n\n"
+           "Raises:\n    RuntimeError: The pass has no table, or none for this layer.")
       .def("has_prediction", &AnyExperts::has_prediction,
            "Whether the pass's hash table foretells this layer.")
       .def("set_threads", &AnyExperts::set_threads, py::arg("threads"),
-           py::call_guard<py::gil_scoped_release>());
+           py::call_guard<py::gil_scoped_release>(),
+           "Threads that compute, of all layers of the scheduler.");
 }
 
 }  // namespace sida::bindings

@@ -66,9 +66,14 @@ py::array_t<T> shaped(const HashTable& table, const std::vector<T>& values) {
 void bind_table(py::module_& module) {
   py::class_<HashTable>(
       module, "HashTable",
-      "For every MoE layer and token, which experts will be active and with what scale.")
+      "For every MoE layer and token, which experts will be active and with what scale.\n\n"
+      "Holds one batch or many, their tokens one behind the other: batch b has tokens offsets[b] "
+      "to "
+      "offsets[b + 1] and is found by keys[b]. Arrays are given back as copies.")
       .def(py::init(&make_table), py::kw_only(), py::arg("layers"), py::arg("candidates"),
-           py::arg("keys"), py::arg("offsets"), py::arg("ids"), py::arg("probs"), py::arg("scale"))
+           py::arg("keys"), py::arg("offsets"), py::arg("ids"), py::arg("probs"), py::arg("scale"),
+           "ids (integers, -1 for none), probs and scale are [layers, tokens, candidates].\n\n"
+           "Raises:\n    ValueError: Sizes do not agree, or a value is out of range.")
       .def_static("load", &load_hash_table, py::arg("path"),
                   py::call_guard<py::gil_scoped_release>(),
                   "The table in a file that save() or a handle's record() wrote.")
@@ -88,11 +93,11 @@ void bind_table(py::module_& module) {
           py::arg("key"), "The table of the first batch with this key alone, or None.")
       .def("slice", &HashTable::slice, py::arg("batch"), "The table of one batch alone.")
       .def("__len__", &HashTable::batches, "Number of batches.")
-      .def_readonly("layers", &HashTable::layers)
-      .def_readonly("candidates", &HashTable::candidates)
-      .def_property_readonly("tokens", &HashTable::tokens)
-      .def_readonly("keys", &HashTable::keys)
-      .def_readonly("offsets", &HashTable::offsets)
+      .def_readonly("layers", &HashTable::layers, "All MoE layers of the model.")
+      .def_readonly("candidates", &HashTable::candidates, "Experts named for each token.")
+      .def_property_readonly("tokens", &HashTable::tokens, "Of all batches.")
+      .def_readonly("keys", &HashTable::keys, "batch_key of each batch.")
+      .def_readonly("offsets", &HashTable::offsets, "First token of each batch, and the end.")
       .def_property_readonly(
           "ids", [](const HashTable& table) { return shaped(table, table.ids); },
           "int32 [layers, tokens, candidates]; -1: nothing is foretold.")
@@ -129,15 +134,23 @@ void bind_predictor(py::module_& module) {
           py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(), py::arg("key") = 0,
           py::arg("candidates") = 8,
           "HashTable of one batch from embeddings float32 [B, S, D] and mask [B, S] (nonzero: "
-          "token).")
-      .def_property_readonly("kind", [](const Predictor& p) { return p.weights().kind; })
+          "token).\n\n"
+          "Padding gets no candidates; neither do layers without a head.\n\n"
+          "Raises:\n    ValueError: A shape or dtype that does not fit.")
+      .def_property_readonly(
+          "kind", [](const Predictor& p) { return p.weights().kind; },
+          "lstm, transformer or token.")
       .def_property_readonly(
           "heads", [](const Predictor& p) { return p.weights().heads; },
           "The MoE layers that are foretold.")
-      .def_property_readonly("layers", [](const Predictor& p) { return p.weights().layers; })
-      .def_property_readonly("experts", [](const Predictor& p) { return p.weights().experts; })
-      .def_property_readonly("embedding_size",
-                             [](const Predictor& p) { return p.weights().embedding_size; })
+      .def_property_readonly(
+          "layers", [](const Predictor& p) { return p.weights().layers; },
+          "All MoE layers of the model.")
+      .def_property_readonly(
+          "experts", [](const Predictor& p) { return p.weights().experts; }, "In each layer.")
+      .def_property_readonly(
+          "embedding_size", [](const Predictor& p) { return p.weights().embedding_size; },
+          "D of the embeddings.")
       .def_property_readonly(
           "fingerprint", [](const Predictor& p) { return p.weights().fingerprint; },
           "Of the model that it was trained on.");

@@ -151,7 +151,12 @@ void bind_scheduler(py::module_& module) {
            py::arg("transfer_threads") = defaults.transfers.threads,
            py::arg("chunk_bytes") = defaults.transfers.chunk_bytes,
            py::arg("uses_ahead") = defaults.transfers.uses_ahead,
-           py::arg("threshold") = defaults.threshold)
+           py::arg("threshold") = defaults.threshold,
+           "transfer_threads: loads under way at once; chunk_bytes: what a demand waits for at "
+           "most, "
+           "a thread; uses_ahead: how far prefetch reaches where slots are short; threshold: "
+           "experts "
+           "wanted less surely are not brought early.")
       .def(
           "start",
           [](const std::shared_ptr<AnyScheduler>& self, py::function source, std::size_t ahead) {
@@ -161,9 +166,11 @@ void bind_scheduler(py::module_& module) {
           },
           py::arg("source"), py::kw_only(), py::arg("ahead") = 16,
           "Starts the hash-building thread: it calls source() for one HashTable after the other, "
-          "None at the end.")
+          "None at the end.\n\n"
+          "At most `ahead` tables wait. What source() raises comes from next_batch().")
       .def("next_batch", &AnyScheduler::next_batch, Unlocked(),
-           "Begins the pass of the oldest table that was built ahead; False at the end.")
+           "Begins the pass of the oldest table that was built ahead, waiting for it; False at the "
+           "end.")
       .def("stop", &AnyScheduler::stop, Unlocked(),
            "Ends the hash-building thread and forgets its tables.")
       .def(
@@ -184,16 +191,20 @@ void bind_scheduler(py::module_& module) {
             self.set_mask(flags);
           },
           py::arg("mask"), "Gives the pass at hand its mask (nonzero: token).")
-      .def("end_pass", &AnyScheduler::end_pass, Unlocked())
+      .def("end_pass", &AnyScheduler::end_pass, Unlocked(),
+           "Ends the pass: its table is forgotten.")
       .def(
           "current_table",
           [](const AnyScheduler& self) {
             return self.table() ? std::optional(*self.table()) : std::nullopt;
           },
           "A copy of the hash table of the pass at hand, or None.")
-      .def("current_key", &AnyScheduler::key)
-      .def("stats", [](const AnyScheduler& self) { return dict_of(self.stats()); })
-      .def("reset_stats", &AnyScheduler::reset_stats, Unlocked())
+      .def("current_key", &AnyScheduler::key, "Key of the batch of the pass at hand.")
+      .def(
+          "stats", [](const AnyScheduler& self) { return dict_of(self.stats()); },
+          "Counts since reset_stats(), in all and by layer; hits + late + misses = uses.")
+      .def("reset_stats", &AnyScheduler::reset_stats, Unlocked(),
+           "Statistics, trace and recorded routing begin anew.")
       .def(
           "trace",
           [](AnyScheduler& self, const std::filesystem::path& path) {
@@ -210,7 +221,7 @@ void bind_scheduler(py::module_& module) {
             const py::gil_scoped_release unlocked;
             self.resize(budget);
           },
-          py::arg("memory"))
+          py::arg("memory"), "Replaces the cache's arena, between two layer calls.")
       .def("close", &AnyScheduler::close, Unlocked(), "Ends all threads. Idempotent.");
   module.def(
       "_close_all", [] { live().close(); }, Unlocked());
