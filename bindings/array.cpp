@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <span>
 #include <utility>
 
 #include "dlpack.hpp"
@@ -64,9 +66,11 @@ DataType type_of(const dlpack::Type& type, bool as_bfloat16, const std::string& 
 
 bool contiguous(const dlpack::Tensor& tensor) {
   if (!tensor.strides) return true;
+  const std::span<const std::int64_t> shape(tensor.shape,
+                                            static_cast<std::size_t>(tensor.dimensions));
+  if (std::ranges::find(shape, 0) != shape.end()) return true;
   std::int64_t expected = 1;
   for (std::int32_t d = tensor.dimensions; d-- > 0;) {
-    if (tensor.shape[d] == 0) return true;
     if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
     expected *= tensor.shape[d];
   }
@@ -156,8 +160,8 @@ py::object empty_array(const py::handle& like, DataType type,
                                py::arg("device") = "cpu");
   }
   const py::module_ numpy = py::module_::import("numpy");
-  const py::object dtype =
-      type == DataType::bf16 ? py::module_::import("ml_dtypes").attr("bfloat16") : py::str(name);
+  py::object dtype = py::str(name);
+  if (type == DataType::bf16) dtype = py::module_::import("ml_dtypes").attr("bfloat16");
   const py::object array = numpy.attr("empty")(shape, py::arg("dtype") = dtype);
   if (library.substr(0, library.find('.')) == "numpy") return array;
   return like.attr("__array_namespace__")().attr("from_dlpack")(array);
