@@ -105,9 +105,8 @@ def run_demo(
             stack.enter_context(Apart(run_way, model, way, sentences, batch_size))
             for way in three_ways(memory)
         ]
-        steps = bar.add_task(
-            "three ways, in turns", total=len(works) * (1 + rounds(count, batch_size))
-        )
+        total = len(works) * (1 + rounds(len(sentences), batch_size))
+        steps = bar.add_task("three ways, in turns", total=total)
         while len(runs) < len(works):
             for work in works:
                 if (result := work.step()) is not None:
@@ -162,10 +161,10 @@ def in_a_sentence(ways: list[dict[str, Any]], sentences: int) -> str:
     return (
         f"With room for {exact['experts_resident']} of {exact['experts_total']} experts "
         f"({size(exact['expert_bytes'])} instead of {size(resident['expert_bytes'])}), the model's "
-        f"own routing {answers} at {_ratio(exact, resident)} the throughput of all resident; "
-        f"the predictor's routing changed {changed} of {sentences} answers, took accuracy from "
-        f"{percent(resident['accuracy'])} to {percent(predicted['accuracy'])}, and ran at "
-        f"{_ratio(predicted, resident)}."
+        f"own routing {answers} and took {_median(exact)} a batch where all resident took "
+        f"{_median(resident)} (medians); the predictor's routing changed {changed} of {sentences} "
+        f"answers, moved accuracy from {percent(resident['accuracy'])} to "
+        f"{percent(predicted['accuracy'])}, and took {_median(predicted)}."
     )
 
 
@@ -196,8 +195,8 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"Timeline and hit rates: {result['plot']}")
 
 
-def _ratio(way: dict[str, Any], reference: dict[str, Any]) -> str:
-    return f"{way['sentences_per_second'] / reference['sentences_per_second']:.2f} times"
+def _median(way: dict[str, Any]) -> str:
+    return milliseconds(way["latency_p50_seconds"])
 
 
 _ROWS = [
