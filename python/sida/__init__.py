@@ -22,7 +22,7 @@ from sida._core import (
     OffloadScheduler,
     __version__,
 )
-from sida.layer import OffloadedExperts
+from sida.layer import LayerExperts, OffloadedExperts
 from sida.stats import Stats
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "ExpertStore",
     "HashPredictor",
     "HashTable",
+    "LayerExperts",
     "MoeConfig",
     "OffloadScheduler",
     "OffloadedExperts",

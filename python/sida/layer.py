@@ -9,17 +9,92 @@ from typing import Any
 
 from sida._core import CudaError, ExpertCache, ExpertStore, MoeConfig, OffloadScheduler
 from sida._core import OffloadedExperts as _Layer
-from sida.stats import Stats, hit_rate
+from sida.stats import Stats, collect
 
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
-class OffloadedExperts:
-    """The experts of one MoE layer, of which no more than a budget is in fast memory.
+class LayerExperts:
+    """The experts of one layer of a scheduler's model, for a pipeline put together by hand.
 
-    Works on torch tensors, NumPy arrays (bfloat16 is `ml_dtypes.bfloat16`) and whatever else has
-    `__dlpack__`; results are of the kind of `hidden_states`. Inference only. Calls from several
+    Arrays may be torch tensors, NumPy arrays (bfloat16 is `ml_dtypes.bfloat16`) and whatever else
+    has `__dlpack__`; results are of the kind of `hidden_states`. Inference only. Calls from several
     threads take turns.
+    """
+
+    def __init__(
+        self,
+        scheduler: OffloadScheduler,
+        layer: int,
+        *,
+        threads: int | None = None,
+        skip_padding: bool = False,
+    ) -> None:
+        """Compute layer `layer` of the experts that `scheduler` brings.
+
+        Args:
+            scheduler: Shared by all layers of a model.
+            layer: Its index.
+            threads: For computing; by default as many as torch uses, where torch is loaded.
+            skip_padding: Leave out tokens that the pass's mask calls padding.
+        """
+        self._threads = threads
+        self._used_threads = threads or _torch_threads()
+        self._layer = _Layer(
+            scheduler, layer, threads=self._used_threads, skip_padding=skip_padding
+        )
+        self._calls = self._tokens = 0
+
+    def __call__(
+        self,
+        hidden_states: Any,
+        top_k_index: Any,
+        top_k_weights: Any,
+        *,
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:
+        """Return sum over j of weights[t, j] * expert(index[t, j])(hidden[t]) for every token t.
+
+        Args:
+            hidden_states: [T, H], in the experts' dtype.
+            top_k_index: [T, k] int32 or int64.
+            top_k_weights: [T, k] float32 or the experts' dtype; a choice of weight 0 is left out.
+            out: [T, H] to write to, instead of a new array.
+            stream: Of a GPU; None on the CPU.
+
+        Raises:
+            IndexError: An expert's id is out of range; nothing was computed then.
+            ValueError: Shapes or dtypes do not fit.
+            RuntimeError: Gradients are wanted, or the scheduler was closed.
+        """
+        if stream is not None:
+            raise ValueError("expected stream=None: the experts are computed on the CPU")
+        self._prepare(hidden_states, top_k_weights)
+        arrays = [_detached(array) for array in (hidden_states, top_k_index, top_k_weights)]
+        result = self._layer.forward(*arrays, out=out)
+        self._calls, self._tokens = self._calls + 1, self._tokens + len(hidden_states)
+        return result
+
+    def predicted(self, hidden_states: Any, *, out: Any = None) -> Any:
+        """Compute as `__call__`, with experts and scales from the hash table of the pass.
+
+        Raises:
+            RuntimeError: The pass has no table, or one that foretells nothing for this layer.
+        """
+        self._prepare(hidden_states)
+        return self._layer.forward_predicted(_detached(hidden_states), out=out)
+
+    def _prepare(self, *arrays: Any) -> None:
+        _refuse_gradients(*arrays)
+        wanted = self._threads or _torch_threads()
+        if wanted and wanted != self._used_threads:
+            self._layer.set_threads(wanted)
+            self._used_threads = wanted
+
+
+class OffloadedExperts(LayerExperts):
+    """The experts of one MoE layer of one's own, of which no more than a budget is in fast memory.
 
     Example:
         >>> layer = sida.OffloadedExperts(up, down, gated=False, activation="relu", memory=0.5)
@@ -85,66 +160,26 @@ class OffloadedExperts:
         rows = [tuple(None if part is None else part[e] for part in parts) for e in range(experts)]
         self._cache = ExpertCache(ExpertStore.from_arrays(config, [rows]), memory, policy=policy)
         self._scheduler = OffloadScheduler(self._cache)
-        self._threads = threads
-        self._used_threads = threads or _torch_threads()
-        self._layer = _Layer(self._scheduler, 0, threads=self._used_threads)
-
-    def __call__(
-        self,
-        hidden_states: Any,
-        top_k_index: Any,
-        top_k_weights: Any,
-        *,
-        out: Any = None,
-        stream: Any = None,
-    ) -> Any:
-        """Return sum over j of weights[t, j] * expert(index[t, j])(hidden[t]) for every token t.
-
-        Args:
-            hidden_states: [T, H], in the experts' dtype.
-            top_k_index: [T, k] int32 or int64.
-            top_k_weights: [T, k] float32 or the experts' dtype; a choice of weight 0 is left out.
-            out: [T, H] to write to, instead of a new array.
-            stream: Of a GPU; None on the CPU.
-
-        Raises:
-            IndexError: An expert's id is out of range; nothing was computed then.
-            ValueError: Shapes or dtypes do not fit.
-            RuntimeError: Gradients are wanted, or the layer was closed.
-        """
-        if stream is not None:
-            raise ValueError("expected stream=None: the experts are computed on the CPU")
-        _refuse_gradients(hidden_states, top_k_weights)
-        wanted = self._threads or _torch_threads()
-        if wanted and wanted != self._used_threads:
-            self._layer.set_threads(wanted)
-            self._used_threads = wanted
-        arrays = [_detached(array) for array in (hidden_states, top_k_index, top_k_weights)]
-        return self._layer.forward(*arrays, out=out)
+        self._experts = experts
+        super().__init__(self._scheduler, 0, threads=threads)
 
     def stats(self) -> Stats:
         """Return what was counted since the layer was made or `reset_stats()` called."""
-        stats = Stats(self._scheduler.stats())
-        for layer in stats["layers"]:
-            layer.update(name="experts", routing="exact", hit_rate=hit_rate(layer))
-        cache = self._cache
-        stats.update(
-            hit_rate=hit_rate(stats),
-            policy=cache.policy,
-            in_place=cache.in_place,
-            slots=cache.slots,
-            slot_bytes=cache.slot_bytes,
-            budget_bytes=cache.slots * cache.slot_bytes,
+        return collect(
+            self._scheduler,
+            self._cache,
+            ["experts"],
+            predicted=frozenset(),
+            total_experts=self._experts,
             staging_bytes=0,
-            resident_experts=len(cache.resident()),
-            exact_layers=["experts"],
-            predicted_layers=[],
+            passes=self._calls,
+            tokens=self._tokens,
         )
-        return stats
 
     def reset_stats(self) -> None:
         """Begin statistics and trace anew."""
         self._scheduler.reset_stats()
+        self._calls = self._tokens = 0
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Write what happened since `reset_stats()` as a timeline that ui.perfetto.dev opens."""

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sida._core import ExpertCache, OffloadScheduler
 
 COLUMNS = ("calls", "uses", "hits", "late", "misses", "hit rate", "stall")
 
@@ -58,6 +61,55 @@ class Stats(dict[str, Any]):
             f"room for {self['slots']} of {self['total_experts']} experts: "
             f"{size(self['budget_bytes'])}{staging}; {self['resident_experts']} resident, {place}",
         ]
+
+
+def collect(
+    scheduler: OffloadScheduler,
+    cache: ExpertCache,
+    names: list[str],
+    *,
+    predicted: frozenset[int],
+    total_experts: int,
+    staging_bytes: int,
+    passes: int,
+    tokens: int,
+) -> Stats:
+    """Return the counts of a scheduler and the sizes of its cache.
+
+    Args:
+        scheduler: What counts.
+        cache: Its cache.
+        names: Of the layers.
+        predicted: Layers that are routed by hash table.
+        total_experts: Over all layers.
+        staging_bytes: That reading takes beside the cache.
+        passes: Counted by the caller.
+        tokens: Counted by the caller.
+    """
+    stats = Stats(scheduler.stats())
+    for index, (name, layer) in enumerate(zip(names, stats["layers"], strict=True)):
+        layer["name"] = name
+        layer["routing"] = "predicted" if index in predicted else "exact"
+        layer["hit_rate"] = hit_rate(layer)
+    resident = len(cache.resident())
+    stats.update(
+        hit_rate=hit_rate(stats),
+        passes=passes,
+        tokens=tokens,
+        policy=cache.policy,
+        device=cache.device,
+        in_place=cache.in_place,
+        slots=cache.slots,
+        total_experts=total_experts,
+        slot_bytes=cache.slot_bytes,
+        budget_bytes=cache.slots * cache.slot_bytes,
+        staging_bytes=staging_bytes,
+        resident_experts=resident,
+        resident_bytes=resident * cache.slot_bytes,
+        exact_layers=[name for i, name in enumerate(names) if i not in predicted],
+        predicted_layers=[name for i, name in enumerate(names) if i in predicted],
+    )
+    return stats
 
 
 def hit_rate(counts: dict[str, Any]) -> float | None:

@@ -58,7 +58,7 @@ def test_leaving_out_one_routed_expert_would_be_seen(kind: str) -> None:
     adapter = sida.huggingface.find_adapter(model)
     for layer in range(len(adapter.layer_names)):
         moved = []
-        for up, down in adapter.experts(layer):
+        for _, down in adapter.experts(layer):
             kept = down.weight.data.clone()
             down.weight.data.zero_()
             moved.append(relative(run(model, batch), expected))

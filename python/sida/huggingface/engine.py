@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -140,7 +140,14 @@ class Engine:
         return out
 
     def compute_predicted(self, layer: int, hidden: Tensor) -> Tensor:
-        """Compute a layer's experts as the pass's hash table says."""
+        """Compute a layer's experts as the pass's hash table says, zeros where it says nothing."""
+        if not self._layers[layer].has_prediction():
+            if self.scheduler.current_table() is None:
+                raise RuntimeError(
+                    "routing is predicted where the stack of a layer is entered: call the model "
+                    "or its encoder, not a layer by itself"
+                )
+            return torch.zeros_like(hidden)
         out: Tensor = self._layers[layer].forward_predicted(hidden.detach().contiguous())
         return out
 
@@ -154,18 +161,3 @@ class Engine:
     def close(self) -> None:
         """End all threads. Idempotent."""
         self.scheduler.close()
-
-
-def raw_stats(engine: Engine) -> dict[str, Any]:
-    """Return the scheduler's counts and the cache's sizes."""
-    cache = engine.cache
-    return {
-        **engine.scheduler.stats(),
-        "policy": cache.policy,
-        "device": cache.device,
-        "in_place": cache.in_place,
-        "slots": cache.slots,
-        "slot_bytes": cache.slot_bytes,
-        "budget_bytes": cache.slots * cache.slot_bytes,
-        "resident_experts": len(cache.resident()),
-    }

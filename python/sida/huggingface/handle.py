@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from sida._core import HashTable
 from sida.huggingface.adapter import ExpertAdapter
-from sida.huggingface.engine import Engine, ExpertSource, Memory, raw_stats
+from sida.huggingface.engine import Engine, ExpertSource, Memory
 from sida.huggingface.passes import Passes
 from sida.huggingface.tables import Tables
-from sida.stats import Stats, hit_rate
+from sida.stats import Stats, collect
 from sida.torch.experts_module import CLOSED
 
 
@@ -95,20 +95,18 @@ class Offloaded:
     def stats(self) -> Stats:
         """Return what was counted since the handle was made or `reset_stats()` called."""
         engine = self._open_engine()
-        predicted = self._predicted_layers()
-        stats = Stats(raw_stats(engine))
-        stats["staging_bytes"] = self._source.staging_bytes
         names = self._adapter.layer_names
-        for index, (name, layer) in enumerate(zip(names, stats["layers"], strict=True)):
-            layer["name"] = name
-            layer["routing"] = "predicted" if index in predicted else "exact"
-            layer["hit_rate"] = hit_rate(layer)
-        stats["hit_rate"] = hit_rate(stats)
-        stats["total_experts"] = len(names) * self._adapter.num_experts
+        stats = collect(
+            engine.scheduler,
+            engine.cache,
+            names,
+            predicted=self._predicted_layers(),
+            total_experts=len(names) * self._adapter.num_experts,
+            staging_bytes=self._source.staging_bytes,
+            passes=self._passes.count,
+            tokens=self._passes.tokens,
+        )
         stats["routing"] = self._routing
-        stats["exact_layers"] = [n for i, n in enumerate(names) if i not in predicted]
-        stats["predicted_layers"] = [n for i, n in enumerate(names) if i in predicted]
-        stats["passes"], stats["tokens"] = self._passes.count, self._passes.tokens
         return stats
 
     def reset_stats(self) -> None:
@@ -173,6 +171,8 @@ class Offloaded:
             self._source.release()
             if not self._source.restores:
                 self._model = None
+                self._passes.forget()
+                del self._adapter
             elif self._model is not None:
                 self._model.__dict__.pop("save_pretrained", None)
 
@@ -296,7 +296,8 @@ class Offloaded:
         finally:
             if self._passes.ahead_key is not None or key is None:
                 self._passes.ahead_key = None
-                self._open_engine().scheduler.end_pass()
+                if self._engine is not None:
+                    self._engine.scheduler.end_pass()
 
 
 def _arguments(batch: Any) -> Mapping[str, Any] | None:

@@ -119,6 +119,10 @@ class Passes:
         for stack in self._adapter.stacks():
             stack.module.__dict__.pop("forward", None)
 
+    def forget(self) -> None:
+        """Let go of the model; to be called last."""
+        del self._adapter, self._tables
+
     def table_of(self, arguments: Mapping[str, Any]) -> tuple[int | None, HashTable]:
         """Return key and hash table of a batch that is yet to come."""
         batch = read_batch(arguments, self._adapter.embed)
