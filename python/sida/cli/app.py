@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -39,8 +39,8 @@ def sida_command(
 ) -> None:
     """Run Mixture-of-Experts models whose experts do not fit in fast memory.
 
-    Begin with [bold]sida demo[/bold], which shows what that means on real text, and with
-    [bold]sida inspect PATH[/bold] for a checkpoint of your own.
+    Begin with **sida demo**, which shows what that means on real text, and with
+    **sida inspect PATH** for a checkpoint of your own.
     """
 
 

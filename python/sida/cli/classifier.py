@@ -35,10 +35,12 @@ class Classifier:
 
     def __call__(self, encoder: Any, batch: Batch) -> Tensor:
         """Return class logits [B, classes], float32."""
-        hidden = encoder(**batch).last_hidden_state.float()
-        weights = batch["attention_mask"][..., None].to(hidden.dtype)
+        inputs = {name: value.to(encoder.device) for name, value in batch.items()}
+        hidden = encoder(**inputs).last_hidden_state.float()
+        weights = inputs["attention_mask"][..., None].to(hidden.dtype)
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
-        return F.linear(pooled, self._head["weight"], self._head["bias"])
+        head = {name: value.to(hidden.device) for name, value in self._head.items()}
+        return F.linear(pooled, head["weight"], head["bias"])
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], batch_size: int) -> list[Batch]:

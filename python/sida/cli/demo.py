@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,7 +200,7 @@ def _median(way: dict[str, Any]) -> str:
     return milliseconds(way["latency_p50_seconds"])
 
 
-_ROWS = [
+_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("accuracy", lambda way: percent(way["accuracy"])),
     ("fidelity", lambda way: percent(way["fidelity"])),
     ("logits equal to the bit", lambda way: "yes" if way["identical"] else "no"),

@@ -32,6 +32,7 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
+            metavar="PATH",
             help="A .safetensors file, or a folder with model.safetensors or its shards.",
             show_default=False,
         ),
