@@ -56,7 +56,7 @@ class ExpertCache {
   }
   std::size_t slot_bytes() const noexcept { return slot_bytes_; }
   std::int64_t slots() const {
-    return locked([&] { return std::ssize(slots_); });
+    return locked([&] { return slots_locked(); });
   }
   /// Bytes of fast memory that the arena takes; 0 in place.
   std::size_t capacity_bytes() const {
@@ -126,6 +126,7 @@ class ExpertCache {
   bool draining_locked() const noexcept { return draining_; }
   /// Whether the end of a lease is to be signalled: somebody waits for a slot.
   void want_slot_locked(bool wanted) noexcept { slot_wanted_ = wanted; }
+  std::int64_t slots_locked() const noexcept { return std::ssize(slots_); }
   /// Slots that are neither leased nor loading.
   std::int64_t unpinned_locked() const noexcept {
     std::int64_t count = 0;

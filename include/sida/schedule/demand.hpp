@@ -81,21 +81,22 @@ class Demand {
     if (closed_) throw StateError("the scheduler was closed during a layer call");
     for (const ExpertId id : handed_out_) cache_.forecast().done(id);
     handed_out_.clear();
+    awaited_->backlog -= std::exchange(in_hand_, 0);
     cache_.changed().notify_all();  // what these held back may go on
     if (resident_.empty() && awaited_->arrived.empty() && !awaited_->missing.empty()) wait(lock);
     if (closed_) throw StateError("the scheduler was closed during a layer call");
     if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
-    std::move(awaited_->arrived.begin(), awaited_->arrived.end(), std::back_inserter(resident_));
+    // What was waited for comes first, so that more can be loaded; then what was there, in small
+    // groups as long as others wait for its slots.
+    std::vector<Lease> ready = std::move(awaited_->arrived);
     awaited_->arrived.clear();
-    // While others wait for a slot, slots become free in small steps.
-    const std::size_t group =
-        awaited_->missing.empty() ? resident_.size() : std::min<std::size_t>(resident_.size(), 4);
-    std::vector<Lease> ready;
-    for (std::size_t i = 0; i < group; ++i) {
-      handed_out_.push_back(resident_[i].id());
-      ready.push_back(std::move(resident_[i]));
+    in_hand_ = std::ssize(ready);
+    constexpr std::size_t group = 4;
+    while (!resident_.empty() && (awaited_->missing.empty() || ready.size() < group)) {
+      ready.push_back(std::move(resident_.back()));
+      resident_.pop_back();
     }
-    resident_.erase(resident_.begin(), resident_.begin() + static_cast<std::ptrdiff_t>(group));
+    for (const Lease& lease : ready) handed_out_.push_back(lease.id());
     return ready;
   }
 
@@ -142,6 +143,7 @@ class Demand {
   std::shared_ptr<typename Transfers<B, Policy>::Awaited> awaited_;
   std::vector<Lease> resident_;
   std::vector<ExpertId> handed_out_;
+  std::int64_t in_hand_ = 0;  // of these, the ones that were waited for
 };
 
 }  // namespace sida

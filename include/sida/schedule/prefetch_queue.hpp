@@ -16,14 +16,14 @@ namespace sida {
 /// The uses that hash tables foretell, in the order of the walk through the layers, and which of
 /// them is to be fetched next. Guarded by the cache's mutex.
 ///
-/// A prefetch takes a free slot or that of an expert which is used later than itself. Whether an
-/// expert that is known to be used again may make way is a matter of bytes: it does for the next
-/// `uses_ahead` uses, and further ahead if it is used later than everything that the uses in
-/// between leave behind, because then Belady's rule would evict it at that time, too.
+/// A prefetch takes a free slot, or that of an expert which is used later than itself. What is
+/// brought early holds a slot for longer, so where slots are short a prefetch reaches only `reach`
+/// uses ahead; or one pass, if its victim is used later than everything that the uses in between
+/// leave behind, because then Belady's rule would evict it at that time, too.
 template <class Cache>
 class PrefetchQueue {
  public:
-  PrefetchQueue(Cache& cache, std::int64_t uses_ahead) : cache_(cache), uses_ahead_(uses_ahead) {}
+  explicit PrefetchQueue(Cache& cache) : cache_(cache) {}
 
   void add(const OffloadPlan& plan) {
     if (plan.empty()) return;
@@ -49,18 +49,19 @@ class PrefetchQueue {
   }
 
   /// A slot for the first use whose expert is absent, or nothing if none can be had for it.
-  std::optional<typename Cache::Loading> reserve_next() {
+  std::optional<typename Cache::Loading> reserve_next(std::int64_t reach) {
     UseForecast& forecast = cache_.forecast();
     drop_before(forecast.now());
     if (regretted_ != cache_.regretted_locked()) begin_anew();
     for (; scanned_ < uses_.size(); ++scanned_) {
       const PlannedUse& use = uses_[scanned_];
       if (cache_.residency_locked(use.id) == Cache::Residency::absent) {
-        const bool near = scanned_ < static_cast<std::size_t>(uses_ahead_);
+        const bool is_near = static_cast<std::int64_t>(scanned_) < reach;
+        const bool in_pass = use.step <= forecast.now() + cache_.store().layers();
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
-          const auto next = forecast.next_use(victim);
-          return !next ||
-                 (*next > use.step && (near || static_cast<double>(*next) >= latest_return_));
+          const double next = forecast.expected_use(victim);
+          return next > static_cast<double>(use.step) &&
+                 (is_near || (in_pass && next >= latest_return_));
         });
       }
       latest_return_ = std::max(latest_return_, forecast.expected_use_after(use.id, use.step));
@@ -77,7 +78,6 @@ class PrefetchQueue {
 
  private:
   Cache& cache_;
-  std::int64_t uses_ahead_;
   std::deque<PlannedUse> uses_;
   std::size_t scanned_ = 0;  // uses at the front whose experts are there or under way
   double latest_return_ = -std::numeric_limits<double>::infinity();  // of these, after their use

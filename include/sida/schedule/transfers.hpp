@@ -42,16 +42,13 @@ class Transfers {
   struct Awaited {
     std::vector<ExpertId> missing;               ///< not yet arrived
     std::vector<typename Cache::Lease> arrived;  ///< pinned as they became resident
+    std::int64_t backlog = 0;                    ///< begun to load, and not yet computed
     std::exception_ptr error;                    ///< of a load
     bool abandoned = false;                      ///< nobody waits any more
   };
 
   Transfers(B& backend, Cache& cache, const TransferOptions& options, Trace& trace)
-      : cache_(cache),
-        loader_(backend),
-        options_(options),
-        trace_(trace),
-        prefetches_(cache, options.uses_ahead) {
+      : cache_(cache), loader_(backend), options_(options), trace_(trace), prefetches_(cache) {
     stats_.layers.resize(static_cast<std::size_t>(cache.store().layers()));
     try {
       for (int lane = 0; lane < options.threads; ++lane)
@@ -79,7 +76,10 @@ class Transfers {
 
   /// Asks for an expert that a layer needs now and that is not resident.
   void demand_locked(ExpertId id, const std::shared_ptr<Awaited>& awaited) {
-    if (!join_under_way(id, awaited)) demands_.push_back({id, awaited});
+    if (join_under_way(id, awaited))
+      ++awaited->backlog;
+    else
+      demands_.push_back({id, awaited});
   }
 
   /// Forgets the demands of a call that is not waiting any more.
@@ -120,7 +120,8 @@ class Transfers {
     Job job = demands_.front();
     std::optional<typename Cache::Loading> loading;
     try {
-      loading = cache_.reserve_locked(job.id, [](ExpertId) { return true; });
+      loading =
+          cache_.reserve_locked(job.id, [&](ExpertId victim) { return is_fair(job, victim); });
     } catch (...) {  // of the policy
       job.awaited->error = std::current_exception();
     }
@@ -130,6 +131,7 @@ class Transfers {
     std::erase_if(demands_, [&](const Job& other) {
       return other.id == job.id && other.awaited == job.awaited;
     });
+    ++job.awaited->backlog;
     if (loading)
       load(lock, std::move(*loading), job, lane);
     else
@@ -141,7 +143,7 @@ class Transfers {
     if (cache_.draining_locked()) return false;
     std::optional<typename Cache::Loading> loading;
     try {
-      loading = prefetches_.reserve_next();
+      loading = prefetches_.reserve_next(reach());
     } catch (...) {  // of the policy: the layer that needs the expert meets it again
       ++stats_.failed_prefetches;
       prefetches_.drop_from(cache_.forecast().now());
@@ -197,6 +199,18 @@ class Transfers {
     cache_.changed().notify_all();
   }
 
+  // Uses ahead of the computation for which other experts make way: with few slots fewer.
+  std::int64_t reach() const noexcept {
+    return std::min(options_.uses_ahead,
+                    std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 12));
+  }
+  // While computation has enough to go on with, a demand waits for a slot of its own layer rather
+  // than taking it from an expert that is used sooner.
+  bool is_fair(const Job& job, ExpertId victim) {
+    if (job.awaited->backlog < std::max<std::int64_t>(reach(), 1)) return true;
+    const UseForecast& forecast = cache_.forecast();
+    return forecast.expected_use(victim) >= forecast.expected_use_after(job.id, forecast.now());
+  }
   static bool is_waited_for(const Job& job) noexcept {
     return job.awaited && !job.awaited->abandoned;
   }
