@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sida/cache/use_forecast.hpp"
+
+#include "support/catch.hpp"
+
+using namespace sida;
+
+TEST_CASE("The next known use is the nearest step that is not over", "[forecast]") {
+  UseForecast forecast(2, 4);
+  const ExpertId id{1, 3};
+  CHECK_FALSE(forecast.next_use(id));
+  forecast.add(id, 7);
+  forecast.add(id, 3);
+  forecast.add(id, 5);
+  CHECK(forecast.next_use(id) == 3);
+  forecast.begin_pass(4);
+  CHECK(forecast.next_use(id) == 5);
+  CHECK(forecast.expected_use(id) == 5);
+  CHECK(forecast.expected_use_after(id, 5) == 7);
+}
+
+TEST_CASE("What a layer asks for replaces what was foretold", "[forecast]") {
+  UseForecast forecast(2, 4);
+  forecast.add({0, 0}, 2);
+  forecast.add({0, 1}, 2);
+  forecast.begin_pass(2);
+  forecast.begin_layer(0, 2, {1, 2});
+  CHECK_FALSE(forecast.next_use({0, 0}));
+  CHECK(forecast.next_use({0, 1}) == 2);
+  CHECK(forecast.next_use({0, 2}) == 2);
+
+  SECTION("A use is over when its rows are done") {
+    forecast.done({0, 1});
+    CHECK_FALSE(forecast.next_use({0, 1}));
+    CHECK(forecast.next_use({0, 2}) == 2);
+  }
+  SECTION("Later uses stay") {
+    forecast.add({0, 1}, 4);
+    forecast.done({0, 1});
+    CHECK(forecast.next_use({0, 1}) == 4);
+  }
+}
+
+TEST_CASE("Unknown uses lie beyond the known ones of their layer, the frequent ones nearer",
+          "[forecast]") {
+  UseForecast forecast(2, 3);
+  for (UseForecast::Step pass = 1; pass <= 8; ++pass) {
+    forecast.begin_pass(2 * pass);
+    forecast.begin_layer(0, 2 * pass,
+                         pass % 4 ? std::vector<std::int32_t>{0} : std::vector<std::int32_t>{0, 1});
+    forecast.begin_layer(1, 2 * pass + 1, {2});
+    forecast.done({1, 2});
+  }
+  // The last step was 17, of layer 1; layer 0 comes at 18.
+  CHECK(forecast.expected_use({0, 0}) == Approx(18).margin(0.5));            // used in every pass
+  CHECK(forecast.expected_use({0, 1}) == Approx(18 + 2 * 2.6).margin(0.5));  // in every fourth
+  CHECK(forecast.expected_use({0, 2}) > forecast.expected_use({0, 1}));
+  CHECK(forecast.expected_use({0, 0}) < forecast.expected_use({1, 2}));  // its layer comes later
+
+  forecast.add({0, 2}, 24);
+  CHECK(forecast.expected_use({0, 2}) == 24);
+  CHECK(forecast.expected_use({0, 0}) >= 26);  // a table says what layer 0 needs at step 24
+  CHECK(forecast.expected_use({1, 2}) == Approx(19).margin(0.5));  // but nothing of layer 1
+}
+
+TEST_CASE("Tables can be forgotten without what is nearer, or what was learnt", "[forecast]") {
+  UseForecast forecast(1, 2);
+  forecast.add({0, 0}, 1);
+  forecast.add({0, 0}, 2);
+  forecast.forget_from(2);
+  CHECK(forecast.next_use({0, 0}) == 1);
+  CHECK(forecast.expected_use_after({0, 0}, 1) >= 2);
+  CHECK(forecast.expected_use({0, 1}) >= 2);
+}
