@@ -12,6 +12,7 @@
 #include "bind.hpp"
 #include "budget.hpp"
 #include "engine.hpp"
+#include "gil.hpp"
 
 namespace sida::bindings {
 
@@ -46,7 +47,7 @@ void bind_cache(py::module_& module) {
           py::init([](const Store& store, const py::object& memory, const std::string& policy,
                       const std::string& device) {
             const Budget budget = budget_of(memory);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             return make_cache(store, budget, policy, device);
           }),
           py::arg("store"), py::arg("memory"), py::kw_only(), py::arg("policy") = "auto",
@@ -74,7 +75,7 @@ void bind_cache(py::module_& module) {
           "resize",
           [](AnyCache& cache, const py::object& memory) {
             const Budget budget = budget_of(memory);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             cache.resize(budget);
           },
           py::arg("memory"), "Replaces the arena; waits until no expert is in use, and drops all.");

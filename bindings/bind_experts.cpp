@@ -9,6 +9,7 @@
 #include "array.hpp"
 #include "bind.hpp"
 #include "engine.hpp"
+#include "gil.hpp"
 
 namespace sida::bindings {
 namespace {
@@ -24,7 +25,7 @@ py::object forward(AnyExperts& self, const py::object& hidden_states, const py::
   const Array weights(top_k_weights, "top_k_weights");
   const py::object result = output_for(out, hidden_states, hidden);
   const TensorView view = Array(result, "out").writable();
-  const py::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   self.forward(hidden.view(), ids.view(), weights.view(), view);
   return result;
 }
@@ -34,7 +35,7 @@ py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
   const Array hidden(hidden_states, "hidden_states");
   const py::object result = output_for(out, hidden_states, hidden);
   const TensorView view = Array(result, "out").writable();
-  const py::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   self.forward_predicted(hidden.view(), view);
   return result;
 }
@@ -77,8 +78,7 @@ void bind_experts(py::module_& module) {
            "Raises:\n    RuntimeError: The pass has no table, or none for this layer.")
       .def("has_prediction", &AnyExperts::has_prediction,
            "Whether the pass's hash table foretells this layer.")
-      .def("set_threads", &AnyExperts::set_threads, py::arg("threads"),
-           py::call_guard<py::gil_scoped_release>(),
+      .def("set_threads", &AnyExperts::set_threads, py::arg("threads"), py::call_guard<Unlocked>(),
            "Threads that compute, of all layers of the scheduler.");
 }
 

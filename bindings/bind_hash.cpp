@@ -13,6 +13,7 @@
 
 #include "array.hpp"
 #include "bind.hpp"
+#include "gil.hpp"
 #include "sida/hash/batch_key.hpp"
 #include "sida/hash/hash_predictor_cpu.hpp"
 #include "sida/io/hash_table_file.hpp"
@@ -74,16 +75,14 @@ void bind_table(py::module_& module) {
            py::arg("keys"), py::arg("offsets"), py::arg("ids"), py::arg("probs"), py::arg("scale"),
            "ids (integers, -1 for none), probs and scale are [layers, tokens, candidates].\n\n"
            "Raises:\n    ValueError: Sizes do not agree, or a value is out of range.")
-      .def_static("load", &load_hash_table, py::arg("path"),
-                  py::call_guard<py::gil_scoped_release>(),
+      .def_static("load", &load_hash_table, py::arg("path"), py::call_guard<Unlocked>(),
                   "The table in a file that save() or a handle's record() wrote.")
       .def(
           "save",
           [](const HashTable& table, const std::filesystem::path& path) {
             save_hash_table(path, table);
           },
-          py::arg("path"), py::call_guard<py::gil_scoped_release>(),
-          "Writes the table, whole or not at all.")
+          py::arg("path"), py::call_guard<Unlocked>(), "Writes the table, whole or not at all.")
       .def(
           "find",
           [](const HashTable& table, std::uint64_t key) -> std::optional<HashTable> {
@@ -120,7 +119,7 @@ void bind_predictor(py::module_& module) {
                         "Foretells routing from token embeddings. Thread-safe.")
       .def_static(
           "load", [](const std::filesystem::path& path) { return Predictor(load_predictor(path)); },
-          py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+          py::arg("path"), py::call_guard<Unlocked>(),
           "The predictor in a file that train_predictor(...).save() wrote.")
       .def(
           "predict",
@@ -128,7 +127,7 @@ void bind_predictor(py::module_& module) {
              std::uint64_t key, std::int32_t candidates) {
             const Array array(embeddings, "embeddings");
             const auto flags = mask_of(mask);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             return predictor.predict(array.view(), flags, key, candidates);
           },
           py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(), py::arg("key") = 0,

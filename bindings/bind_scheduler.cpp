@@ -4,9 +4,6 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
-#include <cxxabi.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
@@ -23,6 +20,7 @@
 #include "bind.hpp"
 #include "budget.hpp"
 #include "engine.hpp"
+#include "gil.hpp"
 #include "sida/io/trace_json.hpp"
 
 namespace sida::bindings {
@@ -68,15 +66,8 @@ LiveSchedulers& live() {
   return *schedulers;
 }
 
-// Calls `function`. While the interpreter finalizes, a thread that asks for the GIL is unwound,
-// through frames that must not be: it stands still instead, until the process has ended.
 py::object call(const py::function& function) {
-  PyObject* result = nullptr;
-  try {
-    result = PyObject_CallNoArgs(function.ptr());
-  } catch (abi::__forced_unwind&) {
-    for (;;) pause();
-  }
+  PyObject* const result = or_stand_still([&] { return PyObject_CallNoArgs(function.ptr()); });
   if (!result) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
 }
@@ -84,12 +75,12 @@ py::object call(const py::function& function) {
 // `source` is called, and in the end let go, on threads that do not hold the GIL.
 HashBuilder::Source source_of(py::function function) {
   const auto let_go = [](py::function* held) {
-    const py::gil_scoped_acquire locked;
+    const Locked locked;
     delete held;
   };
   const std::shared_ptr<py::function> held(new py::function(std::move(function)), let_go);
   return [held]() -> std::optional<HashTable> {
-    const py::gil_scoped_acquire locked;
+    const Locked locked;
     const py::object result = call(*held);
     if (result.is_none()) return std::nullopt;
     if (!py::isinstance<HashTable>(result))
@@ -141,7 +132,6 @@ std::shared_ptr<AnyScheduler> make_scheduler(AnyCache& cache, int transfer_threa
 }  // namespace
 
 void bind_scheduler(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
   const SchedulerOptions defaults;
   py::class_<AnyScheduler, std::shared_ptr<AnyScheduler>>(
       module, "OffloadScheduler", py::release_gil_before_calling_cpp_dtor(),
@@ -161,24 +151,24 @@ void bind_scheduler(py::module_& module) {
           "start",
           [](const std::shared_ptr<AnyScheduler>& self, py::function source, std::size_t ahead) {
             auto callable = source_of(std::move(source));
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             self->start(std::move(callable), ahead);
           },
           py::arg("source"), py::kw_only(), py::arg("ahead") = 16,
           "Starts the hash-building thread: it calls source() for one HashTable after the other, "
           "None at the end.\n\n"
           "At most `ahead` tables wait. What source() raises comes from next_batch().")
-      .def("next_batch", &AnyScheduler::next_batch, Unlocked(),
+      .def("next_batch", &AnyScheduler::next_batch, py::call_guard<Unlocked>(),
            "Begins the pass of the oldest table that was built ahead, waiting for it; False at the "
            "end.")
-      .def("stop", &AnyScheduler::stop, Unlocked(),
+      .def("stop", &AnyScheduler::stop, py::call_guard<Unlocked>(),
            "Ends the hash-building thread and forgets its tables.")
       .def(
           "begin_pass",
           [](AnyScheduler& self, std::optional<HashTable> table, std::uint64_t key,
              const py::object& mask) {
             const auto flags = mask_of(mask);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             self.begin_pass(std::move(table), key, flags);
           },
           py::arg("table") = py::none(), py::kw_only(), py::arg("key") = 0,
@@ -187,11 +177,11 @@ void bind_scheduler(py::module_& module) {
           "set_mask",
           [](AnyScheduler& self, const py::object& mask) {
             const auto flags = mask_of(mask);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             self.set_mask(flags);
           },
           py::arg("mask"), "Gives the pass at hand its mask (nonzero: token).")
-      .def("end_pass", &AnyScheduler::end_pass, Unlocked(),
+      .def("end_pass", &AnyScheduler::end_pass, py::call_guard<Unlocked>(),
            "Ends the pass: its table is forgotten.")
       .def(
           "current_table",
@@ -203,28 +193,29 @@ void bind_scheduler(py::module_& module) {
       .def(
           "stats", [](const AnyScheduler& self) { return dict_of(self.stats()); },
           "Counts since reset_stats(), in all and by layer; hits + late + misses = uses.")
-      .def("reset_stats", &AnyScheduler::reset_stats, Unlocked(),
+      .def("reset_stats", &AnyScheduler::reset_stats, py::call_guard<Unlocked>(),
            "Statistics, trace and recorded routing begin anew.")
       .def(
           "trace",
           [](AnyScheduler& self, const std::filesystem::path& path) {
             save_trace(path, self.trace());
           },
-          py::arg("path"), Unlocked(),
+          py::arg("path"), py::call_guard<Unlocked>(),
           "Writes what happened since reset_stats() as a trace for Perfetto.")
-      .def("record", &AnyScheduler::recorded, Unlocked(),
+      .def("record", &AnyScheduler::recorded, py::call_guard<Unlocked>(),
            "The routing since reset_stats() as a HashTable.")
       .def(
           "resize",
           [](AnyScheduler& self, const py::object& memory) {
             const Budget budget = budget_of(memory);
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             self.resize(budget);
           },
           py::arg("memory"), "Replaces the cache's arena, between two layer calls.")
-      .def("close", &AnyScheduler::close, Unlocked(), "Ends all threads. Idempotent.");
+      .def("close", &AnyScheduler::close, py::call_guard<Unlocked>(),
+           "Ends all threads. Idempotent.");
   module.def(
-      "_close_all", [] { live().close(); }, Unlocked());
+      "_close_all", [] { live().close(); }, py::call_guard<Unlocked>());
   py::module_::import("atexit").attr("register")(module.attr("_close_all"));
 }
 

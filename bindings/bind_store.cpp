@@ -14,6 +14,7 @@
 #include "bind.hpp"
 #include "budget.hpp"
 #include "engine.hpp"
+#include "gil.hpp"
 #include "sida/cache/array_store.hpp"
 #include "sida/cache/throttled_store.hpp"
 #include "sida/ffn/slab_layout.hpp"
@@ -105,8 +106,7 @@ void bind_store(py::module_& module) {
                     "needed. Thread-safe.")
       .def_static(
           "open", &open_store, py::arg("path"), py::kw_only(), py::arg("layers") = py::none(),
-          py::arg("dtype") = py::none(), py::arg("config") = py::none(),
-          py::call_guard<py::gil_scoped_release>(),
+          py::arg("dtype") = py::none(), py::arg("config") = py::none(), py::call_guard<Unlocked>(),
           "The experts of a checkpoint: a safetensors file, or a folder with one or with shards.")
       .def_static(
           "from_arrays", &store_of_arrays, py::arg("config"), py::arg("experts"),
@@ -142,7 +142,7 @@ void bind_store(py::module_& module) {
           [](const Store& self, std::int32_t layer, std::int32_t expert) {
             py::array_t<std::uint8_t> slab(static_cast<py::ssize_t>(self.store->slab_bytes()));
             auto* data = reinterpret_cast<std::byte*>(slab.mutable_data());
-            const py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             self.store->read({layer, expert}, 0, {data, self.store->slab_bytes()});
             return slab;
           },
