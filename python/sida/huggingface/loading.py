@@ -4,18 +4,12 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.models.switch_transformers import modeling_switch_transformers as modeling
-from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
 from sida._core import ExpertStore
 from sida.huggingface import checks, switch
@@ -28,7 +22,6 @@ if TYPE_CHECKING:
     from sida import HashPredictor, HashTable
     from sida.torch import Predictor
 
-_loading = threading.Lock()
 REFUSED = {
     "device_map": "sida decides where weights go; use device=",
     "quantization_config": "sida offloads float32, float16 and bfloat16",
@@ -94,7 +87,7 @@ def from_pretrained(
     folder = Path(path)
     _check_folder(folder)
     chosen = model_class or _class_of(folder)
-    with _without_experts():
+    with switch.without_experts():
         model: nn.Module = chosen.from_pretrained(folder, dtype=dtype, **hf_kwargs)
     adapter = find_adapter(model)
     kind = checks.DTYPES.get(_dtype_of(model))
@@ -146,33 +139,3 @@ def _class_of(folder: Path) -> Any:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
-
-
-@contextmanager
-def _without_experts() -> Iterator[None]:
-    """Have transformers build MoE layers without experts, on this thread; one load at a time."""
-    patches = {original.__name__: stub for original, stub in switch.LOADING_PATCHES.items()}
-    base = modeling.SwitchTransformersPreTrainedModel
-    with _loading:
-        register_patch_mapping(patches)
-        ignored = base._keys_to_ignore_on_load_unexpected
-        base._keys_to_ignore_on_load_unexpected = [*(ignored or ()), switch.EXPERT_KEYS]
-        switch.SwitchSparseMlp.loading.active = True
-        try:
-            yield
-        finally:
-            switch.SwitchSparseMlp.loading.active = False
-            base._keys_to_ignore_on_load_unexpected = ignored
-            unregister_patch_mapping(list(patches))
-            _undo_patches()
-
-
-def _undo_patches() -> None:
-    # transformers leaves its classes patched where building a model raises
-    originals = {stub: original for original, stub in switch.LOADING_PATCHES.items()}
-    for module in list(sys.modules.values()):
-        if not getattr(module, "__name__", "").startswith("transformers"):
-            continue
-        for original in originals.values():
-            if vars(module).get(original.__name__) in originals:
-                setattr(module, original.__name__, original)

@@ -78,18 +78,7 @@ class SwitchExperts(ExpertsModule):
 
 
 class SwitchSparseMlp(nn.Module):
-    """SwitchTransformersSparseMLP as a checkpoint is loaded into it: its experts are not there.
-
-    Only the thread that loads gets it; any other builds the original.
-    """
-
-    loading = threading.local()
-
-    def __new__(cls, config: Any) -> Any:
-        """Build the original on threads that do not load."""
-        if not getattr(cls.loading, "active", False):
-            return SparseMlp(config)
-        return super().__new__(cls)
+    """SwitchTransformersSparseMLP as a checkpoint is loaded into it: its experts are not there."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -101,10 +90,50 @@ class SwitchSparseMlp(nn.Module):
 
 
 SPARSE_LAYERS = (SparseMlp, SwitchSparseMlp)
-LOADING_PATCHES: dict[type[nn.Module], type[nn.Module]] = {SparseMlp: SwitchSparseMlp}
-"""Classes of transformers, and what is built in their place while a checkpoint is loaded."""
 EXPERT_KEYS = r"\.mlp\.experts\.expert_\d+\.w[io]\.weight$"
 """Of a checkpoint; such weights are not loaded into a SwitchSparseMlp."""
+
+
+class _WhileLoading(type):
+    """Acts as the class SwitchTransformersSparseMLP on all threads but the one that loads."""
+
+    thread: int | None = None
+
+    def __call__(cls, config: Any) -> nn.Module:
+        layer = SwitchSparseMlp if threading.get_ident() == cls.thread else SparseMlp
+        made: nn.Module = layer(config)
+        return made
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, SparseMlp)
+
+
+class _SparseMlpWhileLoading(metaclass=_WhileLoading):
+    pass
+
+
+_loading = threading.Lock()
+
+
+@contextmanager
+def without_experts() -> Iterator[None]:
+    """Have transformers build MoE layers without experts, on this thread; one load at a time.
+
+    transformers' own `register_patch_mapping` is not used: in 5.17 it imports whatever transformers
+    has, torchvision's dependents too, and it leaves classes patched where building a model raises.
+    """
+    base = modeling.SwitchTransformersPreTrainedModel
+    with _loading:
+        ignored = base._keys_to_ignore_on_load_unexpected
+        _SparseMlpWhileLoading.thread = threading.get_ident()
+        modeling.SwitchTransformersSparseMLP = _SparseMlpWhileLoading
+        base._keys_to_ignore_on_load_unexpected = [*(ignored or ()), EXPERT_KEYS]
+        try:
+            yield
+        finally:
+            modeling.SwitchTransformersSparseMLP = SparseMlp
+            base._keys_to_ignore_on_load_unexpected = ignored
+            _SparseMlpWhileLoading.thread = None
 
 
 class SwitchAdapter:
