@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,23 @@ def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert (done.exit_code, done.stdout) == (1, "")
     assert "1.0 MiB free" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run("--plot", "plot.png")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "pip install matplotlib" in done.stderr
+
+
+def test_a_damaged_file_of_sentences_is_refused(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "head.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(MODEL / name)
+    (tmp_path / "predictor.safetensors").symlink_to(MODEL / "predictor.safetensors")
+    (tmp_path / "held_out.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
+    done = run("--model", tmp_path)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "line 2" in done.stderr and "label" in done.stderr
 
 
 def count_to(limit: int) -> Generator[None, None, int]:

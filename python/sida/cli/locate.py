@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sida
 
@@ -62,8 +63,9 @@ def find_model(path: Path | None = None) -> Path:
 
 def draw_sentences(model: Path, count: int, seed: int = 0) -> list[Sentence]:
     """Return `count` of a model's held-out sentences, drawn at random; all if there are fewer."""
-    with (model / "held_out.jsonl").open(encoding="utf-8") as file:
-        sentences = [Sentence(row["text"], row["label"]) for row in map(json.loads, file)]
+    path = model / "held_out.jsonl"
+    with path.open(encoding="utf-8") as file:
+        sentences = [_labelled(line, f"{path}, line {i}") for i, line in enumerate(file, 1)]
     return random.Random(seed).sample(sentences, min(count, len(sentences)))
 
 
@@ -89,11 +91,22 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _text_of(line: str, where: str) -> str:
+    text = _row(line, where).get("text")
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: expected an object with "text", got {line.strip()[:60]}')
+    return text.strip()
+
+
+def _labelled(line: str, where: str) -> Sentence:
+    label = _row(line, where).get("label")
+    if not isinstance(label, int):
+        raise ValueError(f'{where}: expected a whole number as "label", got {line.strip()[:60]}')
+    return Sentence(_text_of(line, where), label)
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: expected JSON: {error}") from error
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: expected an object with "text", got {line.strip()[:60]}')
-    return text.strip()
+    return row if isinstance(row, dict) else {}

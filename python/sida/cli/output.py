@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 INPUT, FAILURE = 2, 1
@@ -65,7 +66,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 def fail(message: str, code: int = INPUT) -> NoReturn:
     """Print an error to stderr and exit."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[bold red]error:[/bold red] {_plain(message)}"
+        f"[bold red]error:[/bold red] {escape(message)}"
     )
     raise typer.Exit(code)
 
@@ -100,15 +101,6 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 def _missing(error: ImportError) -> str:
-    extras = {"torch": "huggingface", "transformers": "huggingface", "safetensors": "huggingface"}
-    extras["matplotlib"] = "plot"
-    extra = extras.get((error.name or "").split(".")[0])
-    hint = f'; install it with: pip install "sida-moe[{extra}]"' if extra else ""
-    return f"{error}{hint}"
+    package = (error.name or "").split(".")[0]
+    return f"{error}; install it with: pip install {package}" if package else str(error)
