@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// With tables that foretell everything, LookAhead moves little more than the fewest bytes possible.
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/scheduled.hpp"
+
+using namespace sida;
+using namespace sida::test;
+
+namespace {
+
+constexpr int layers = 4, experts = 24;
+
+// Batches that each use `active` experts a layer, some experts far more often than others.
+std::vector<PassNeeds> made_up(int batches, int active, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<PassNeeds> passes;
+  for (int batch = 0; batch < batches; ++batch) {
+    PassNeeds needs(layers);
+    for (auto& layer : needs) {
+      while (static_cast<int>(layer.size()) < active) {
+        const auto a = static_cast<std::int32_t>(random() % experts);
+        const auto b = static_cast<std::int32_t>(random() % experts);
+        const std::int32_t expert = std::min(a, b);
+        if (std::find(layer.begin(), layer.end(), expert) == layer.end()) layer.push_back(expert);
+      }
+      std::sort(layer.begin(), layer.end());
+    }
+    passes.push_back(needs);
+  }
+  return passes;
+}
+
+// Loads of Belady's rule on the whole trace: whatever is used furthest in the future goes.
+std::int64_t belady(const std::vector<PassNeeds>& passes, std::size_t slots) {
+  std::vector<int> uses;
+  for (const PassNeeds& needs : passes)
+    for (int layer = 0; layer < layers; ++layer)
+      for (const std::int32_t e : needs[static_cast<std::size_t>(layer)])
+        uses.push_back(layer * experts + e);
+  std::vector<std::size_t> next(uses.size());
+  std::map<int, std::size_t> seen;
+  for (std::size_t i = uses.size(); i-- > 0;) {
+    next[i] = seen.count(uses[i]) ? seen[uses[i]] : uses.size() + i;
+    seen[uses[i]] = i;
+  }
+  std::map<int, std::size_t> cache;  // expert -> its next use
+  std::int64_t loads = 0;
+  for (std::size_t i = 0; i < uses.size(); ++i) {
+    if (!cache.count(uses[i])) {
+      ++loads;
+      if (cache.size() == slots)
+        cache.erase(std::max_element(cache.begin(), cache.end(), [](const auto& a, const auto& b) {
+          return a.second < b.second;
+        }));
+    }
+    cache[uses[i]] = next[i];
+  }
+  return loads;
+}
+
+template <class Policy>
+CacheStats replay(const std::vector<PassNeeds>& passes, std::int64_t slots, std::size_t ahead) {
+  Scheduled<CpuBackend, Policy> engine(std::make_shared<PatternStore>(layers, experts, 64),
+                                       Budget::experts(slots));
+  std::size_t built = 0;
+  if (ahead > 0)
+    engine.scheduler.start(
+        [&]() -> std::optional<HashTable> {
+          if (built == passes.size()) return std::nullopt;
+          return table_of(passes[built++]);
+        },
+        ahead);
+  for (const PassNeeds& needs : passes) {
+    if (ahead > 0)
+      engine.scheduler.next_batch();
+    else
+      engine.scheduler.begin_pass({}, 0, {});
+    for (std::int32_t layer = 0; layer < layers; ++layer)
+      engine.call(layer, needs[static_cast<std::size_t>(layer)]);
+    engine.scheduler.end_pass();
+  }
+  return engine.scheduler.stats();
+}
+
+}  // namespace
+
+TEST_CASE("With full knowledge LookAhead moves at most 10 % more than Belady", "[belady]") {
+  struct Case {
+    int active;
+    std::int64_t slots;
+  };
+  for (const auto& [active, slots] :
+       {Case{4, 19}, Case{4, 48}, Case{12, 10}, Case{12, 19}, Case{12, 48}}) {
+    CAPTURE(active, slots);
+    const auto passes = made_up(100, active, 3);
+    const double best = static_cast<double>(belady(passes, static_cast<std::size_t>(slots)));
+    const CacheStats stats = replay<LookAheadPolicy>(passes, slots, 100);
+    CAPTURE(best, stats.loads);
+    CHECK(static_cast<double>(stats.loads) <= 1.10 * best);
+    CHECK(stats.total.uses == 100 * layers * active);
+    CHECK(stats.total.misses == 0);
+  }
+}
+
+TEST_CASE("Without any table LookAhead misses less than LRU on the walk through the layers",
+          "[belady]") {
+  const auto passes = made_up(100, 12, 4);
+  CHECK(replay<LookAheadPolicy>(passes, 36, 0).loads <
+        replay<LruPolicy>(passes, 36, 0).loads * 9 / 10);
+}
