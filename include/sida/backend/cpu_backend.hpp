@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstring>
-#include <fstream>
 #include <new>
 #include <string>
 #include <string_view>
@@ -42,13 +41,9 @@ class CpuBackend {
   void wait(Stream&, Event&) noexcept {}
   void synchronize(Event&) noexcept {}
 
-  /// RAM that can be had without swapping (MemAvailable), in bytes.
-  std::size_t available_bytes() const {
-    std::ifstream file("/proc/meminfo");
-    for (std::string key; file >> key;) {
-      std::size_t kibibytes = 0;
-      if (key == "MemAvailable:" && file >> kibibytes) return kibibytes * 1024;
-    }
+  /// RAM of the machine, in bytes. Not what the system calls available: that leaves out what it
+  /// would free, or a host would give a virtual machine, when asked.
+  std::size_t available_bytes() const noexcept {
     return static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)) *
            static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   }

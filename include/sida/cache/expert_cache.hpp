@@ -284,7 +284,7 @@ class ExpertCache {
     if (bytes > available)
       throw OutOfMemory("memory: the budget's " + std::to_string(experts) + " experts take " +
                         std::to_string(bytes) + " bytes, but " + std::string(B::name()) + " has " +
-                        std::to_string(available) + " available");
+                        std::to_string(available));
     return Buffer<B>(backend_, bytes);
   }
 
