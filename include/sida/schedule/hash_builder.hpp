@@ -72,7 +72,7 @@ class HashBuilder {
     } catch (...) {
       error = std::current_exception();
     }
-    queue_.close(error);
+    queue_.close(std::move(error));  // no reference is kept here: the caller may end it
   }
 
   BoundedQueue<BuiltTable> queue_;
