@@ -193,6 +193,7 @@ def test_the_model_is_found_from_below_and_missed_elsewhere(
         (["--plot", "nowhere/plot.png"], "expected a folder"),
         (["--plot", "plot.txt"], ".png, .pdf or .svg"),
         (["--scale", "switch-base-7"], "switch-base-64"),
+        (["--scale", "switch-base-8", "--memory", "0.01"], "1 of 96 experts"),
         (["--scale", "switch-base-8", "--dir", "nowhere"], "expected a folder"),
         (["--scale", "switch-base-8", "--plot", "plot.png"], "--scale"),
     ],

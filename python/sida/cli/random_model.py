@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+from sida import ExpertStore, MoeConfig
 from sida.cli.classifier import be_quiet
 from sida.huggingface import from_pretrained
 
@@ -78,6 +79,21 @@ def model_layout(config: SwitchTransformersConfig) -> Layout:
 def layout_bytes(layout: Layout) -> int:
     """Return what the tensors take in bfloat16."""
     return sum(_bytes(shape) for _, shape in layout)
+
+
+def check_memory(config: SwitchTransformersConfig, memory: str) -> None:
+    """Raise ValueError unless a budget can be right for a model, before the model exists."""
+    up = torch.empty(config.d_ff, config.d_model, dtype=torch.bfloat16)  # never touched: no memory
+    down = torch.empty(config.d_model, config.d_ff, dtype=torch.bfloat16)
+    shape = MoeConfig(
+        layers=config.num_sparse_encoder_layers + config.num_sparse_decoder_layers,
+        experts=config.num_experts,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        dtype="bf16",
+    )
+    layer = [(up, down, None, None)] * shape.experts
+    ExpertStore.from_arrays(shape, [layer] * shape.layers).slots(memory)
 
 
 def write_random_model(

@@ -56,11 +56,10 @@ def run_scale(
     scale: str, experts: int, memory: str, folder: Path | None, seed: int
 ) -> dict[str, Any]:
     """Write, run and remove the checkpoint; return all figures, memory in bytes."""
-    import sida
-
     note("importing torch and transformers ...")
     from sida.cli.processes import Apart
     from sida.cli.random_model import (
+        check_memory,
         layout_bytes,
         model_layout,
         run_random_model,
@@ -70,6 +69,7 @@ def run_scale(
     )
 
     config = switch_base(experts)
+    check_memory(config, memory)
     layout = model_layout(config)
     needed = layout_bytes(layout)
     with tempfile.TemporaryDirectory(prefix="sida-scale-", dir=folder) as name:
@@ -79,8 +79,6 @@ def run_scale(
             task = bar.add_task(f"writing {size(needed)}", total=shard_count(layout))
             for _ in write_random_model(checkpoint, config, layout, seed):
                 bar.advance(task)
-            store = sida.ExpertStore.open(checkpoint)
-            store.slots(memory)  # refuses what cannot be right
             task = bar.add_task("loading, then batches", total=1 + BATCHES)
             with Apart(run_random_model, checkpoint, memory, BATCHES, seed) as work:
                 while (done := work.step()) is None:
