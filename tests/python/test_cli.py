@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,14 @@ class TestPredictors:
     """train-predictor and evaluate."""
 
     @pytest.fixture(autouse=True)
-    def _needs(self) -> None:
-        pytest.importorskip("torch")
+    def _one_thread(self) -> Iterator[None]:
+        """On a busy machine, torch's threads wait for each other longer than they compute."""
+        torch = pytest.importorskip("torch")
         pytest.importorskip("transformers")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     @pytest.fixture
     def texts(self, tmp_path: Path) -> Path:

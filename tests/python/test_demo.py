@@ -50,6 +50,8 @@ def reference() -> Any:
     """Class logits by transformers alone."""
     from safetensors.torch import load_file
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, several wait for each other for long
     head = load_file(MODEL / "head.safetensors")
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     model = transformers.SwitchTransformersEncoderModel.from_pretrained(MODEL).eval()
@@ -59,6 +61,7 @@ def reference() -> Any:
         with torch.no_grad():
             hidden = model(input_ids=batch["input_ids"]).last_hidden_state
         logits.append(hidden[0].mean(0) @ head["weight"].T + head["bias"])
+    torch.set_num_threads(threads)
     return torch.stack(logits)
 
 
