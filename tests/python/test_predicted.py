@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,51 @@ def test_a_predictor_of_ones_own() -> None:
         actual = run(off.model, batch)
         assert [layer["uses"] for layer in off.stats()["layers"]] == [1, 1]
     assert relative(actual[tokens], expected[tokens]) <= 1e-5
+
+
+def test_a_recorded_tables_padding_is_left_out(tmp_path: Path) -> None:
+    model, batch = make_encoder(), make_batch()
+    with sida.offload(model, memory=0.5) as off:
+        run(off.model, batch)
+        table = off.record(tmp_path / "table")
+    padding = batch["attention_mask"] == 0
+    with sida.offload(model, memory=0.5, routing="predicted", predictor=table) as off:
+        seen: list[Any] = []
+        hook = (
+            off.model.encoder.block[1]
+            .layer[1]
+            .mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        )
+        run(off.model, batch)
+        hook.remove()
+    assert not seen[0][padding].any() and seen[0][~padding].any()
+
+
+def test_a_batch_other_than_the_one_looked_at_has_its_own_table(predictor: Any) -> None:
+    first, second = make_batches(2)
+    with sida.offload(make_encoder(), memory=0.3, routing="predicted", predictor=predictor) as off:
+        expected = run(off.model, second)
+        (actual,) = off.map([first], lambda model, batch: run(model, second))
+        assert torch.equal(actual, expected)
+
+
+def test_threads_do_not_take_each_others_tables(predictor: Any) -> None:
+    batches = make_batches(4)
+    with sida.offload(make_encoder(), memory=0.3, routing="predicted", predictor=predictor) as off:
+        expected = [run(off.model, batch) for batch in batches]
+        wrong: list[int] = []
+
+        def work(index: int) -> None:
+            for _ in range(15):
+                if not torch.equal(run(off.model, batches[index]), expected[index]):
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for output in off.map([batches[3]] * 15):
+            if not torch.equal(output.last_hidden_state, expected[3]):
+                wrong.append(3)
+        for thread in threads:
+            thread.join(60)
+        assert not wrong and not any(thread.is_alive() for thread in threads)

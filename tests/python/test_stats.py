@@ -39,12 +39,16 @@ def routed(model: Any, batch: Any) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("memory", ["1 expert", 0.4, 1.0])
-def test_uses_are_the_experts_of_tokens(memory: Any) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_uses_are_the_experts_of_tokens(memory: Any, mapped: bool) -> None:
     model, batches = make_encoder(), make_batches(3)
     needed = [[len(experts) for experts in routed(model, batch)] for batch in batches]
     with sida.offload(model, memory=memory) as off:
-        for batch in batches:
-            run(off.model, batch)
+        if mapped:
+            list(off.map(batches))
+        else:
+            for batch in batches:
+                run(off.model, batch)
         stats = off.stats()
     by_layer = [sum(counts) for counts in zip(*needed, strict=True)]
     assert [layer["uses"] for layer in stats["layers"]] == by_layer
