@@ -239,12 +239,21 @@ def test_a_predictor_of_ones_own() -> None:
     assert relative(actual[tokens], expected[tokens]) <= 1e-5
 
 
-def test_a_recorded_tables_padding_is_left_out(tmp_path: Path) -> None:
+def test_padding_is_left_out_even_if_the_table_names_experts_for_it(tmp_path: Path) -> None:
     model, batch = make_encoder(), make_batch()
     with sida.offload(model, memory=0.5) as off:
         run(off.model, batch)
         table = off.record(tmp_path / "table")
     padding = batch["attention_mask"] == 0
+    table = sida.HashTable(
+        layers=table.layers,
+        candidates=1,
+        keys=table.keys,
+        offsets=table.offsets,
+        ids=table.ids.clip(0),
+        probs=table.probs,
+        scale=table.scale.clip(0.5),
+    )
     with sida.offload(model, memory=0.5, routing="predicted", predictor=table) as off:
         seen: list[Any] = []
         hook = (
