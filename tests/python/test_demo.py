@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,25 @@ def test_a_process_that_dies_is_reported() -> None:
         assert work.step() is None
         with pytest.raises(Failure, match="exit code 7"):
             work.step()
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_it_without_a_traceback() -> None:
+    command = "from sida.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "demo", "--sentences", "7602"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert "importing" in process.stderr.readline()
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in errors
 
 
 def test_a_random_checkpoint_is_what_transformers_expects(

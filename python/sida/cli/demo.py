@@ -96,7 +96,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the three ways, each in a process of its own, and return all figures."""
     note("importing torch and transformers ...")
-    from sida.cli.processes import Apart
+    from sida.cli.processes import Apart, prepare
+
+    prepare()
     from sida.cli.ways import Run, rounds, run_way, summary, three_ways
 
     sentences = draw_sentences(model, count, seed)

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -20,6 +23,13 @@ Steps = Generator[None, None, T]
 """Work in steps: yields after each, and returns its result."""
 
 
+def prepare() -> None:
+    """Begin, in the background, the imports of the process that the others are forked from."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    with _environment(OMP_WAIT_POLICY="PASSIVE"), _interrupts_later(inherited=True):
+        forkserver.ensure_running()
+
+
 class Apart(Generic[T]):
     """Work that goes on in a process of its own, step by step, each when it is asked for.
 
@@ -29,10 +39,10 @@ class Apart(Generic[T]):
 
     def __init__(self, work: Callable[..., Steps[T]], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         self._connection, there = context.Pipe()
         self._process = context.Process(target=_run, args=(there, work, arguments), daemon=True)
-        with _environment(OMP_WAIT_POLICY="PASSIVE"):
+        prepare()
+        with _interrupts_later():  # half a start is a process that complains
             self._process.start()
         there.close()
 
@@ -94,6 +104,23 @@ def _environment(**defaults: str) -> Iterator[None]:
             del os.environ[name]
 
 
+@contextmanager
+def _interrupts_later(*, inherited: bool = False) -> Iterator[None]:
+    """Put off Ctrl-C to the end; with `inherited`, what is started meanwhile leaves it to us."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    later = signal.SIG_IGN if inherited else lambda number, _: pending.append(number)
+    handler = signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pending:
+        raise KeyboardInterrupt
+
+
 def _run(connection: Connection, work: Callable[..., Steps[Any]], arguments: Any) -> None:
     try:
         steps = work(*arguments)
@@ -107,5 +134,5 @@ def _run(connection: Connection, work: Callable[..., Steps[Any]], arguments: Any
             connection.send(("step", None))
     except (ValueError, OSError, MemoryError, ImportError) as error:
         connection.send(("error", error))
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         pass  # nobody waits any longer

@@ -57,7 +57,9 @@ def run_scale(
 ) -> dict[str, Any]:
     """Write, run and remove the checkpoint; return all figures, memory in bytes."""
     note("importing torch and transformers ...")
-    from sida.cli.processes import Apart
+    from sida.cli.processes import Apart, prepare
+
+    prepare()
     from sida.cli.random_model import (
         check_memory,
         layout_bytes,
