@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sida/cache/expert_cache.hpp"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <random>
@@ -207,4 +210,31 @@ TEMPLATE_LIST_TEST_CASE("Threads that lease and load at random see the right byt
   CHECK(wrong == 0);
   CHECK(leased > 100);
   CHECK(cache.resident().size() <= 3);
+}
+
+TEST_CASE("Slots take memory only as they are filled, and give it back", "[cache]") {
+  const auto resident_bytes = [] {
+    std::size_t pages = 0, resident = 0;
+    std::ifstream("/proc/self/statm") >> pages >> resident;
+    return resident * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  };
+  constexpr std::size_t mebibyte = 1 << 20;
+  const std::size_t before = resident_bytes();
+  {
+    CpuBackend backend;
+    ExpertCache<CpuBackend, LruPolicy> cache(
+        backend, std::make_shared<PatternStore>(1, 64, 4 * mebibyte), Budget::fraction(1));
+    auto loading = cache.reserve({0, 0});
+    std::memset(loading->slab(), 1, 4 * mebibyte);
+    const auto lease = cache.commit(std::move(*loading));
+    CHECK(resident_bytes() >= before + 4 * mebibyte);
+    CHECK(resident_bytes() < before + 100 * mebibyte);  // of 256
+    for (std::int32_t e = 1; e < 32; ++e) {
+      auto next = cache.reserve({0, e});
+      std::memset(next->slab(), 1, 4 * mebibyte);
+      cache.commit(std::move(*next));
+    }
+    CHECK(resident_bytes() > before + 120 * mebibyte);
+  }
+  CHECK(resident_bytes() < before + 100 * mebibyte);
 }
