@@ -26,7 +26,9 @@ namespace sida {
 struct TransferOptions {
   int threads = 2;                     ///< loads under way at once
   std::size_t chunk_bytes = 4u << 20;  ///< a demand waits for at most one chunk a thread
-  std::int64_t uses_ahead = 4;         ///< how far prefetch reaches where slots are short
+  /// Where slots are short: for how many uses ahead of the computation, prefetched or demanded,
+  /// experts make way that are used again sooner than those. Fewer with few slots.
+  std::int64_t uses_ahead = 4;
 };
 
 /// The transfer threads: bring experts from the store into the cache's slots. What a layer waits
