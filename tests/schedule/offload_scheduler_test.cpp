@@ -133,6 +133,29 @@ TEST_CASE("Statistics of a trace worked out by hand: hit, late, miss, wasted", "
   CHECK(stats.bytes_wasted == static_cast<std::int64_t>(slab_bytes));
 }
 
+TEST_CASE("An expert under way for a later pass is late, not missed", "[scheduler]") {
+  Gate gate;
+  const auto store =
+      std::make_shared<PatternStore>(1, 2, slab_bytes, [&](ExpertId, std::size_t) { gate.pass(); });
+  Scheduled<CpuBackend, LookAheadPolicy> engine(store, Budget::experts(2), one_thread());
+  int built = 0;
+  engine.scheduler.start(
+      [&]() -> std::optional<HashTable> {
+        if (built++ == 2) return std::nullopt;
+        return table_of(built == 1 ? PassNeeds{{}} : PassNeeds{{1}});
+      },
+      4);
+  REQUIRE(engine.scheduler.next_batch());  // a pass for which nothing is foretold
+  gate.wait_for_arrival();                 // the next one's expert is being loaded
+  {
+    auto demand = engine.scheduler.demand(0, {0, 1}, {}, false);
+    gate.open();
+    while (!demand.next_ready().empty()) continue;
+  }
+  CHECK(engine.scheduler.stats().total.late == 1);
+  CHECK(engine.scheduler.stats().total.misses == 1);
+}
+
 TEST_CASE("An expert that was brought early and evicted unread is wasted", "[scheduler]") {
   Scheduled<CpuBackend, LruPolicy> engine(std::make_shared<PatternStore>(1, 4, slab_bytes),
                                           Budget::experts(2), one_thread());
