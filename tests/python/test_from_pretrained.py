@@ -159,6 +159,7 @@ def test_expert_keys_are_not_reported_and_missing_ones_are(
 ) -> None:
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, logger="transformers")
     try:
         sida.from_pretrained(checkpoint, memory=0.2).close()
         assert ".experts." not in caplog.text
