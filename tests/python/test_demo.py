@@ -275,19 +275,24 @@ def test_a_process_that_dies_is_reported() -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_ends_it_without_a_traceback() -> None:
-    command = "from sida.cli import main; main()"
-    process = subprocess.Popen(
+    # A shell starts what runs in the background with SIGINT ignored, these tests for example.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = f"{heed}; from sida.cli import main; main()"
+    with subprocess.Popen(
         [sys.executable, "-c", command, "demo", "--sentences", "7602"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert process.stderr is not None
-    assert "importing" in process.stderr.readline()
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, errors = process.communicate(timeout=60)
+    ) as process:
+        assert process.stderr is not None
+        assert "importing" in process.stderr.readline()
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        try:
+            out, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in errors
 
