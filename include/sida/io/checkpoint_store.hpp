@@ -82,6 +82,7 @@ class CheckpointStore : public ExpertStore {
     const std::vector<SlabSource>& sources =
         sources_[static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(config_.experts) +
                  static_cast<std::size_t>(id.expert)];
+    announce(sources, offset, 2 * destination.size());
     read_parts(std::span<const SlabSource>(sources), offset, destination,
                [this](const SlabSource& source, std::size_t begin, std::span<std::byte> bytes) {
                  if (is_plain(source.tensor, config_.dtype)) {
@@ -93,6 +94,19 @@ class CheckpointStore : public ExpertStore {
   }
 
  private:
+  /// Lets the kernel bring the range of a slab, as far as the slab goes, while it copies: reading
+  /// chunk after chunk then keeps the disk busy.
+  void announce(const std::vector<SlabSource>& sources, std::size_t offset,
+                std::size_t bytes) const noexcept {
+    for (const SlabSource& source : sources) {
+      const std::size_t begin = std::max(offset, source.slab_offset);
+      const std::size_t end = std::min(offset + bytes, source.slab_offset + source.bytes);
+      if (begin >= end || !is_plain(source.tensor, config_.dtype)) continue;
+      source.tensor.file->will_read(source.tensor.begin + (begin - source.slab_offset),
+                                    end - begin);
+    }
+  }
+
   /// Large enough that the runs read for a transposition are long, small beside most slabs.
   static constexpr std::size_t largest_buffer = std::size_t{4} << 20;
 

@@ -100,6 +100,10 @@ class SafetensorsFile {
   void read(std::uint64_t begin, std::span<std::byte> destination) const {
     file_.read(begin, destination);
   }
+  /// See InputFile::will_read.
+  void will_read(std::uint64_t begin, std::uint64_t bytes) const noexcept {
+    file_.will_read(begin, bytes);
+  }
 
  private:
   static constexpr std::uint64_t max_header_bytes = 100'000'000;  // the format's own limit
