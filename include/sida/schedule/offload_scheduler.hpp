@@ -18,6 +18,7 @@
 #include "sida/schedule/demand.hpp"
 #include "sida/schedule/hash_builder.hpp"
 #include "sida/schedule/offload_plan.hpp"
+#include "sida/schedule/pass_steps.hpp"
 #include "sida/schedule/routing_recorder.hpp"
 #include "sida/schedule/trace.hpp"
 #include "sida/schedule/transfers.hpp"
@@ -49,7 +50,8 @@ class OffloadScheduler {
         options_(options),
         trace_(options.trace_events),
         recorder_(cache.store().layers(), options.recorded_bytes),
-        transfers_(backend, cache, options.transfers, trace_) {
+        transfers_(backend, cache, options.transfers, trace_),
+        steps_(cache, transfers_.queue().prefetches()) {
     SIDA_EXPECTS(options.transfers.threads > 0 && options.transfers.chunk_bytes > 0,
                  "OffloadScheduler: expected one transfer thread or more, and chunks of one byte "
                  "or more");
@@ -98,8 +100,9 @@ class OffloadScheduler {
     const auto mine = turn();
     const std::uint64_t key = built->table.keys[0];
     const std::lock_guard lock(cache_.mutex());
-    last_begun_ = built->first_step;
     begin_locked(std::move(built->table), key, {});
+    steps_.begin_announced(built->first_step);
+    cache_.changed().notify_all();
     return true;
   }
 
@@ -116,9 +119,7 @@ class OffloadScheduler {
     if (!builder) return;
     builder->stop();
     const std::lock_guard lock(cache_.mutex());
-    last_announced_ = last_begun_;
-    cache_.forecast().forget_from(last_begun_ + layers());
-    transfers_.prefetches_locked().drop_from(last_begun_ + layers());
+    steps_.forget_announced();
   }
 
   /// Begins a pass with a table that the caller built, or none; tables that were built ahead keep
@@ -132,10 +133,10 @@ class OffloadScheduler {
     const auto mine = turn();
     expect_open();
     const std::lock_guard lock(cache_.mutex());
-    // It takes the steps of the pass before, which is over, unless no table waits.
-    if (table && last_announced_ == last_begun_) last_announced_ = last_begun_ += layers();
+    const bool has_table = table.has_value();
     begin_locked(std::move(table), key, mask);
-    add_locked(std::move(plan), last_begun_);
+    steps_.begin_unannounced(std::move(plan), has_table);
+    cache_.changed().notify_all();
   }
 
   /// Gives the pass at hand its mask (nonzero: token), for a table that was built ahead.
@@ -162,7 +163,7 @@ class OffloadScheduler {
   Demand<B, Policy> demand(std::int32_t layer, const std::vector<std::int32_t>& experts,
                            std::span<const std::uint8_t> counted, bool predicted) {
     expect_open();
-    return Demand<B, Policy>(cache_, transfers_, trace_, closed_, layer, first_step_ + layer,
+    return Demand<B, Policy>(cache_, transfers_, trace_, closed_, layer, steps_.first() + layer,
                              experts, counted, predicted);
   }
 
@@ -170,11 +171,7 @@ class OffloadScheduler {
   /// wasted when they are evicted, or when the scheduler is closed.
   CacheStats stats() const {
     const std::lock_guard lock(cache_.mutex());
-    CacheStats stats = transfers_.stats_locked();
-    for (const LayerStats& layer : stats.layers) stats.total += layer;
-    stats.wasted = cache_.wasted_locked();
-    stats.bytes_wasted = stats.wasted * static_cast<std::int64_t>(cache_.slot_bytes());
-    return stats;
+    return transfers_.queue().summary();
   }
 
   /// Statistics, trace and recorded routing begin anew.
@@ -184,7 +181,7 @@ class OffloadScheduler {
     const std::lock_guard lock(cache_.mutex());
     CacheStats fresh;
     fresh.layers.resize(static_cast<std::size_t>(layers()));
-    transfers_.stats_locked() = fresh;
+    transfers_.queue().stats() = fresh;
     cache_.reset_wasted_locked();
   }
 
@@ -195,7 +192,7 @@ class OffloadScheduler {
     expect_open();
     {
       const std::lock_guard lock(cache_.mutex());
-      if (transfers_.calls_locked() > 0) throw StateError("resize: a layer call is under way");
+      if (transfers_.queue().calls() > 0) throw StateError("resize: a layer call is under way");
     }
     cache_.resize(budget);
   }
@@ -221,9 +218,6 @@ class OffloadScheduler {
     if (closed_) throw StateError("the scheduler was closed");
   }
 
-  // The pass of the n-th table that was announced begins at step n · layers. A pass without a
-  // table, or with one while others wait, takes the steps of the pass that began last once more.
-
   /// The uses that a table foretells, with steps from 0.
   OffloadPlan plan_of(const HashTable& table) const {
     SIDA_EXPECTS(table.batches() == 1 && table.layers == layers(),
@@ -236,17 +230,9 @@ class OffloadScheduler {
   std::int64_t announce(const HashTable& table) {
     OffloadPlan plan = plan_of(table);
     const std::lock_guard lock(cache_.mutex());
-    last_announced_ += layers();
-    add_locked(std::move(plan), last_announced_);
-    return last_announced_;
-  }
-  void add_locked(OffloadPlan plan, std::int64_t first_step) {
-    for (PlannedUse& use : plan) {
-      use.step += first_step;
-      cache_.forecast().add(use.id, use.step);
-    }
-    transfers_.prefetches_locked().add(plan);
+    const std::int64_t first_step = steps_.announce(std::move(plan));
     cache_.changed().notify_all();
+    return first_step;
   }
 
   void begin_locked(std::optional<HashTable> table, std::uint64_t key,
@@ -258,19 +244,15 @@ class OffloadScheduler {
     table_ = std::move(table);
     pass_began_ = Trace::now();
     in_pass_ = true;
-    ++transfers_.stats_locked().passes;
-    transfers_.stats_locked().tables += table_.has_value();
-    first_step_ = last_begun_;
-    cache_.forecast().begin_pass(first_step_);
-    cache_.changed().notify_all();
+    ++transfers_.queue().stats().passes;
+    transfers_.queue().stats().tables += table_.has_value();
   }
   void end_locked() {
     if (!std::exchange(in_pass_, false)) return;
     trace_.add({TraceKind::pass, {-1, -1}, pass_began_, Trace::now(), 0, 0});
     table_.reset();
     mask_.clear();
-    cache_.forecast().advance(first_step_ + layers());
-    transfers_.prefetches_locked().drop_before(first_step_ + layers());
+    steps_.end();
     cache_.changed().notify_all();
   }
 
@@ -279,6 +261,7 @@ class OffloadScheduler {
   Trace trace_;
   RoutingRecorder recorder_;
   Transfers<B, Policy> transfers_;
+  PassSteps<Cache> steps_;
   std::recursive_mutex turn_;
   std::mutex builder_mutex_;
   std::shared_ptr<HashBuilder> builder_;
@@ -287,9 +270,6 @@ class OffloadScheduler {
   std::uint64_t key_ = 0;
   double pass_began_ = 0;
   bool in_pass_ = false;
-  std::int64_t first_step_ = 0;      // of the pass at hand
-  std::int64_t last_announced_ = 0;  // first step of the table built last
-  std::int64_t last_begun_ = 0;      // first step of the table whose pass began last
   bool closed_ = false;
 };
 

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sida/cache/expert_cache.hpp"
+#include "sida/core/error.hpp"
+#include "sida/schedule/transfer_queue.hpp"
+
+namespace sida {
+
+/// The experts that one layer call needs: asked for at once, handed out in waves. It decides and
+/// keeps count; Demand waits, Replay imagines the wait.
+///
+/// All state is guarded by the cache's mutex, which every member expects to be held. To be
+/// destroyed without it, since leases end then.
+template <class Cache>
+class LayerNeeds {
+ public:
+  using Lease = typename Cache::Lease;
+  using Queue = TransferQueue<Cache>;
+
+  LayerNeeds(Cache& cache, Queue& queue, std::int32_t layer)
+      : cache_(cache),
+        queue_(queue),
+        layer_(layer),
+        awaited_(std::make_shared<typename Queue::Awaited>()) {}
+  LayerNeeds(const LayerNeeds&) = delete;
+  LayerNeeds& operator=(const LayerNeeds&) = delete;
+
+  /// Asks, once. `counted[i]` is 0 where padding alone needs the expert; empty: all count.
+  /// @throws OutOfRange, InvalidArgument, StateError before anything is changed.
+  void ask(std::int64_t step, const std::vector<std::int32_t>& experts,
+           std::span<const std::uint8_t> counted, bool predicted) {
+    std::vector<bool> foretold;
+    for (const std::int32_t expert : experts) {
+      cache_.residency_locked({layer_, expert});  // throws
+      foretold.push_back(cache_.forecast().next_use({layer_, expert}) == step);
+    }
+    SIDA_EXPECTS(counted.empty() || counted.size() == experts.size(),
+                 "demand: expected a flag for each of the " + std::to_string(experts.size()) +
+                     " experts, got " + std::to_string(counted.size()));
+    if (queue_.calls() > 0) throw StateError("demand: the layer call before has not ended");
+    ++queue_.calls();
+    try {
+      ++stats().calls;
+      stats().predicted_calls += predicted;
+      cache_.forecast().begin_layer(layer_, step, experts);
+      queue_.prefetches().drop_before(step + 1);
+      for (std::size_t i = 0; i < experts.size(); ++i)
+        ask_for({layer_, experts[i]}, foretold[i], counted.empty() || counted[i] != 0);
+    } catch (...) {  // for want of memory
+      end();
+      throw;
+    }
+    cache_.changed().notify_all();
+  }
+
+  /// Drops what was not handed out.
+  void end() {
+    --queue_.calls();
+    queue_.abandon(awaited_);
+    dropped_.swap(awaited_->arrived);  // ends with this, after the lock
+    cache_.changed().notify_all();
+  }
+
+  /// What was handed out is computed.
+  void begin_wave() {
+    for (const ExpertId id : handed_out_) cache_.forecast().done(id);
+    handed_out_.clear();
+    awaited_->backlog -= std::exchange(in_hand_, 0);
+    cache_.changed().notify_all();  // what these held back may go on
+  }
+
+  /// True if a wave has to wait: something is missing and nothing is there.
+  bool must_wait() const {
+    return resident_.empty() && awaited_->arrived.empty() && !awaited_->missing.empty();
+  }
+
+  /// True once something has arrived, or went wrong, or nothing can come.
+  bool is_over_waiting() {
+    if (awaited_->error || !awaited_->arrived.empty()) return true;
+    if (queue_.is_stuck())
+      awaited_->error = std::make_exception_ptr(StateError(
+          "next_ready: every slot is leased, so the missing experts can never come; drop the "
+          "leases of a wave before asking for the next"));
+    return awaited_->error != nullptr;
+  }
+
+  /// The wave: empty when all were handed out. @throws what a load threw.
+  std::vector<Lease> take() {
+    if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
+    // What was waited for comes first, so that more can be loaded; then what was there, in small
+    // groups as long as others wait for its slots.
+    std::vector<Lease> ready = std::move(awaited_->arrived);
+    awaited_->arrived.clear();
+    in_hand_ = std::ssize(ready);
+    constexpr std::size_t group = 4;
+    while (!resident_.empty() && (awaited_->missing.empty() || ready.size() < group)) {
+      ready.push_back(std::move(resident_.back()));
+      resident_.pop_back();
+    }
+    for (const Lease& lease : ready) handed_out_.push_back(lease.id());
+    return ready;
+  }
+
+  /// Of the layer.
+  LayerStats& stats() { return queue_.stats().layers[static_cast<std::size_t>(layer_)]; }
+
+ private:
+  void ask_for(ExpertId id, bool foretold, bool counted) {
+    const auto residency = cache_.residency_locked(id);
+    stats().uses += counted;
+    if (auto lease = cache_.try_lease_locked(id)) {
+      stats().hits += counted;
+      resident_.push_back(std::move(*lease));
+      return;
+    }
+    const bool late = foretold || residency == Cache::Residency::loading;
+    (late ? stats().late : stats().misses) += counted;
+    awaited_->missing.push_back(id);
+    queue_.demand(id, awaited_);
+  }
+
+  Cache& cache_;
+  Queue& queue_;
+  std::int32_t layer_;
+  std::vector<Lease> dropped_;
+  std::shared_ptr<typename Queue::Awaited> awaited_;
+  std::vector<Lease> resident_;
+  std::vector<ExpertId> handed_out_;
+  std::int64_t in_hand_ = 0;  // of these, the ones that were waited for
+};
+
+}  // namespace sida

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <list>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "sida/cache/cache_stats.hpp"
+#include "sida/cache/expert_cache.hpp"
+#include "sida/schedule/prefetch_queue.hpp"
+
+namespace sida {
+
+/// How experts are transferred.
+struct TransferOptions {
+  int threads = 2;                     ///< loads under way at once
+  std::size_t chunk_bytes = 4u << 20;  ///< a demand waits for at most one chunk a thread
+  /// Where slots are short: for how many uses ahead of the computation, prefetched or demanded,
+  /// experts make way that are used again sooner than those. Fewer with few slots.
+  std::int64_t uses_ahead = 4;
+};
+
+/// Which expert is brought next, into whose slot, and for whom: what a layer waits for comes before
+/// what is planned. It decides and keeps count; Transfers moves the bytes, Replay imagines them.
+///
+/// All state is guarded by the cache's mutex, which every member expects to be held.
+template <class Cache>
+class TransferQueue {
+ public:
+  /// What one layer call waits for; shared with who loads it.
+  struct Awaited {
+    std::vector<ExpertId> missing;               ///< not yet arrived
+    std::vector<typename Cache::Lease> arrived;  ///< pinned as they became resident
+    std::int64_t backlog = 0;                    ///< begun to load, and not yet computed
+    std::exception_ptr error;                    ///< of a load
+    bool abandoned = false;                      ///< nobody waits any more
+  };
+
+  /// A load under way.
+  struct Load {
+    typename Cache::Loading slot;
+    ExpertId id;
+    std::shared_ptr<Awaited> awaited;  ///< null: nobody waits for it
+    bool prefetched = false;
+  };
+
+  TransferQueue(Cache& cache, const TransferOptions& options)
+      : cache_(cache), options_(options), prefetches_(cache) {
+    stats_.layers.resize(static_cast<std::size_t>(cache.store().layers()));
+  }
+
+  /// Asks for an expert that a layer needs now and that is not resident.
+  void demand(ExpertId id, const std::shared_ptr<Awaited>& awaited) {
+    if (join_under_way(id, awaited))
+      ++awaited->backlog;
+    else
+      demands_.push_back({id, awaited});
+  }
+
+  /// Forgets the demands of a call that is not waiting any more.
+  void abandon(const std::shared_ptr<Awaited>& awaited) {
+    awaited->abandoned = true;
+    std::erase_if(demands_, [&](const Request& request) { return request.awaited == awaited; });
+  }
+
+  /// Begins the load that comes next; null if there is none, or no slot for it.
+  Load* begin_next() {
+    if (Load* load = begin_demand()) return load;
+    return demands_.empty() ? begin_prefetch() : nullptr;
+  }
+
+  /// Begins the load of the oldest demand; null if there is none, or no slot for it.
+  Load* begin_demand() {
+    while (!demands_.empty()) {
+      const Request request = demands_.front();
+      std::optional<typename Cache::Loading> slot;
+      try {
+        slot = cache_.reserve_locked(request.id,
+                                     [&](ExpertId victim) { return is_fair(request, victim); });
+      } catch (...) {  // of the policy
+        request.awaited->error = std::current_exception();
+      }
+      // Without a slot, unless somebody else brought the expert or is about to.
+      if (!slot && !request.awaited->error && !join_under_way(request.id, request.awaited) &&
+          !hand_over(request.id, *request.awaited))
+        return nullptr;
+      std::erase_if(demands_, [&](const Request& other) {
+        return other.id == request.id && other.awaited == request.awaited;
+      });
+      ++request.awaited->backlog;
+      if (slot) return begin(std::move(*slot), request.awaited);
+      cache_.changed().notify_all();
+    }
+    return nullptr;
+  }
+
+  /// The load is over: whole, or given up after `bytes` bytes, with the error if there was one.
+  void end(Load& load, std::size_t bytes, const std::exception_ptr& error) {
+    stats_.bytes_moved += static_cast<std::int64_t>(bytes);
+    if (bytes < cache_.slot_bytes()) {
+      cache_.give_up_locked(std::move(load.slot));
+      failed(load, error);
+    } else {
+      cache_.commit_locked(std::move(load.slot), load.prefetched);
+      if (is_waited_for(load)) hand_over(load.id, *load.awaited);
+    }
+    under_way_.remove_if([&](const Load& other) { return &other == &load; });
+    cache_.changed().notify_all();
+  }
+
+  bool has_demands() const noexcept { return !demands_.empty(); }
+  /// True if nothing is on the way to a call that waits, and nothing can be: no load is under way
+  /// and every slot is leased.
+  bool is_stuck() const { return under_way_.empty() && cache_.unpinned_locked() == 0; }
+
+  /// Layer calls under way: none or one.
+  int& calls() noexcept { return calls_; }
+  PrefetchQueue<Cache>& prefetches() noexcept { return prefetches_; }
+  CacheStats& stats() noexcept { return stats_; }
+  /// The statistics, with totals and with what the cache knows.
+  CacheStats summary() const {
+    CacheStats stats = stats_;
+    for (const LayerStats& layer : stats.layers) stats.total += layer;
+    stats.wasted = cache_.wasted_locked();
+    stats.bytes_wasted = stats.wasted * static_cast<std::int64_t>(cache_.slot_bytes());
+    return stats;
+  }
+
+ private:
+  struct Request {
+    ExpertId id;
+    std::shared_ptr<Awaited> awaited;
+  };
+
+  Load* begin_prefetch() {
+    if (cache_.draining_locked()) return nullptr;
+    std::optional<typename Cache::Loading> slot;
+    try {
+      slot = prefetches_.reserve_next(reach());
+    } catch (...) {  // of the policy: the layer that needs the expert meets it again
+      ++stats_.failed_prefetches;
+      prefetches_.drop_from(cache_.forecast().now());
+    }
+    return slot ? begin(std::move(*slot), nullptr) : nullptr;
+  }
+
+  Load* begin(typename Cache::Loading slot, const std::shared_ptr<Awaited>& awaited) {
+    const bool prefetched = awaited == nullptr;
+    ++stats_.loads;
+    stats_.prefetches += prefetched;
+    const ExpertId id = slot.id();
+    return &under_way_.emplace_back(Load{std::move(slot), id, awaited, prefetched});
+  }
+
+  bool join_under_way(ExpertId id, const std::shared_ptr<Awaited>& awaited) {
+    for (Load& load : under_way_) {
+      if (load.id != id) continue;
+      load.awaited = awaited;
+      return true;
+    }
+    return false;
+  }
+
+  // Uses ahead of the computation for which other experts make way: with few slots fewer.
+  std::int64_t reach() const noexcept {
+    return std::min(options_.uses_ahead,
+                    std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 12));
+  }
+  // While computation has enough to go on with, a demand waits for a slot of its own layer rather
+  // than taking it from an expert that is used sooner.
+  bool is_fair(const Request& request, ExpertId victim) {
+    if (request.awaited->backlog < std::max<std::int64_t>(reach(), 1)) return true;
+    const UseForecast& forecast = cache_.forecast();
+    return forecast.expected_use(victim) >= forecast.expected_use_after(request.id, forecast.now());
+  }
+  static bool is_waited_for(const Load& load) noexcept {
+    return load.awaited && !load.awaited->abandoned;
+  }
+  void failed(const Load& load, const std::exception_ptr& error) {
+    if (load.prefetched && error) {
+      ++stats_.failed_prefetches;
+      prefetches_.give_up(load.id);
+      // Somebody came to wait for it: it is tried once more, as a demand.
+      if (is_waited_for(load)) demands_.push_front({load.id, load.awaited});
+    } else if (is_waited_for(load)) {
+      load.awaited->error = error;
+    }
+  }
+  // Pins the expert, if it is resident, for the call that waits for it.
+  bool hand_over(ExpertId id, Awaited& awaited) {
+    auto lease = cache_.try_lease_locked(id);
+    if (!lease) return false;
+    std::erase(awaited.missing, id);
+    awaited.arrived.push_back(std::move(*lease));
+    return true;
+  }
+
+  Cache& cache_;
+  TransferOptions options_;
+  CacheStats stats_;
+  std::deque<Request> demands_;
+  PrefetchQueue<Cache> prefetches_;
+  std::list<Load> under_way_;
+  int calls_ = 0;
+};
+
+}  // namespace sida
