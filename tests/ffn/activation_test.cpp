@@ -61,7 +61,7 @@ TEST_CASE("A gated activation multiplies, NaN passes through, infinities do what
 TEST_CASE("bf16 intermediate values are the f32 ones, rounded to the nearest", "[activation]") {
   if (best_isa() < Isa::avx512_bf16) return;
   const auto widened = detail::f32_kernels(DataType::bf16, Isa::avx512_bf16).activate;
-  const auto rounded = detail::bf16_kernels().activate;
+  const auto rounded = detail::bf16_kernels(best_isa()).activate;
   for (int block = 0; block < 4096; ++block) {
     float x[16], expected[16];
     BFloat16 got[16];

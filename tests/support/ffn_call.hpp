@@ -18,7 +18,7 @@ using CpuFfn = ExpertFfn<CpuBackend>;
 /// Every instruction set that this machine runs.
 inline std::vector<Isa> machine_isas() {
   std::vector<Isa> isas;
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16})
     if (isa <= best_isa()) isas.push_back(isa);
   return isas;
 }

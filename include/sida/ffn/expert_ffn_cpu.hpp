@@ -22,12 +22,12 @@ namespace sida {
 /// Experts on the CPU: f32, f16 and bf16 storage with f32 sums, f64 in f64, on a thread pool of its
 /// own whose threads sleep between calls.
 ///
-/// Any thread may call, one call at a time (the caller locks). With Isa::avx512_bf16, bf16 rows and
-/// intermediate rows stay bf16; else they are widened to f32. A row's bits depend only on dtype,
-/// shape and instruction set, not even on the other rows of its expert. Between calls at most
-/// 64 MiB of buffers are kept; during one, the call's results take 4 bytes (f64: 8) times rows
-/// times H, its inputs as much as `hidden` or twice that, the intermediate rows at most 8 MiB (or
-/// six rows).
+/// Any thread may call, one call at a time (the caller locks). With Isa::avx512_bf16 and amx_bf16,
+/// bf16 rows and intermediate rows stay bf16; else they are widened to f32. A row's bits depend
+/// only on dtype, shape and instruction set, not even on the other rows of its expert. Between
+/// calls at most 64 MiB of buffers are kept; during one, the call's results take 4 bytes (f64: 8)
+/// times rows times H, its inputs as much as `hidden` or twice that, the intermediate rows at most
+/// 8 MiB (or 16 rows); Isa::amx_bf16 keeps the inputs of these rows once more.
 template <>
 class ExpertFfn<CpuBackend> {
  public:
@@ -48,6 +48,7 @@ class ExpertFfn<CpuBackend> {
   void begin(const ConstTensorView& hidden, const TokenGroups& groups) {
     check_tokens(hidden.shape, hidden.type, groups.tokens, "hidden states", hidden.describe());
     in_call_ = false;
+    pool_->wake();
     call_->begin(hidden, groups, *pool_);
     tokens_ = groups.tokens;
     top_k_ = groups.top_k;
@@ -111,7 +112,7 @@ class ExpertFfn<CpuBackend> {
     if (config_.dtype == DataType::f64)
       return std::make_unique<FfnCallOf<double, double>>(config_, f64_kernels());
     if (has_bf16_products(config_.dtype, isa_))
-      return std::make_unique<FfnCallOf<BFloat16, float>>(config_, bf16_kernels());
+      return std::make_unique<FfnCallOf<BFloat16, float>>(config_, bf16_kernels(isa_));
     return std::make_unique<FfnCallOf<float, float>>(config_, f32_kernels(config_.dtype, isa_));
   }
 

@@ -51,6 +51,19 @@ void for_each_tile(const DotPanel<Input, Real>& panel,
   }
 }
 
+/// The weight rows, as bits, of which the tile beginning at `row` prefetches the successors. Where
+/// there are several tiles of up to `most` rows, the first two take two rows each, so that memory
+/// is at work while either computes.
+template <class Input, class Real>
+unsigned rows_to_prefetch(const DotPanel<Input, Real>& panel, std::int64_t row, std::int64_t most) {
+  if (panel.ahead == 0) return 0;
+  if (panel.rows <= most) return 0b1111;
+  return row == 0 ? 0b0011 : row <= most ? 0b1100 : 0;
+}
+
+/// Brings a line to the second-level cache: the first has no room for what is wanted later.
+inline void prefetch(const std::byte* line) noexcept { __builtin_prefetch(line, 0, 2); }
+
 /// Elements that input rows are padded to: the widest kernel's step.
 inline constexpr std::int64_t input_padding = 32;
 
@@ -58,29 +71,50 @@ inline constexpr std::int64_t input_padding = 32;
 /// first-level cache together.
 inline constexpr std::int64_t panel_bytes = 3072;
 
-/// out[r, n] = Σ_k inputs[r][k] * weights[n][k] for all rows and n in [0, outputs). `weights` is
-/// row-major, `row_bytes` a row. Columns of `out` up to the next multiple of four are overwritten.
+/// A block of a matrix product: out[r, n] = Σ_k inputs[r][k] * weights[n][k] for all rows and n in
+/// [0, outputs).
 template <class Input, class Real>
-void multiply_rows(DotPanelFunction<Input, Real> dot, const Input* const* inputs, std::int64_t rows,
-                   const std::byte* weights, std::int64_t row_bytes, std::int64_t depth,
-                   std::int64_t outputs, Real* out, std::int64_t out_stride) {
+struct Product {
+  const Input* const* inputs = nullptr;  ///< [rows], padded with zeros as input_padding says
+  const Input* packed = nullptr;         ///< what PackFunction made of them, where a kernel has one
+  std::int64_t rows = 0;
+  const std::byte* weights = nullptr;  ///< row-major [outputs, depth], one row after the other
+  std::int64_t row_bytes = 0;          ///< of one weight row
+  std::int64_t depth = 0;
+  std::int64_t outputs = 0;  ///< at most out_stride less what rounding up to four adds
+  Real* out = nullptr;       ///< [rows, out_stride]; columns past the last may be overwritten
+  std::int64_t out_stride = 0;
+};
+template <class Input, class Real>
+using MultiplyFunction = void (*)(const Product<Input, Real>& product);
+
+/// Computes a product panel by panel.
+template <class Input, class Real, DotPanelFunction<Input, Real> Dot>
+void multiply_rows(const Product<Input, Real>& product) {
   constexpr std::int64_t step = panel_bytes / static_cast<std::int64_t>(sizeof(Input));
   constexpr int width = DotPanel<Input, Real>::outputs;
-  const std::int64_t element = row_bytes / depth;
+  const std::int64_t row_bytes = product.row_bytes, outputs = product.outputs;
+  const std::int64_t element = row_bytes / product.depth;
   DotPanel<Input, Real> panel;
-  panel.inputs = inputs;
-  panel.rows = rows;
-  panel.out_stride = out_stride;
-  for (std::int64_t first = 0; first < depth; first += step) {
+  panel.inputs = product.inputs;
+  panel.rows = product.rows;
+  panel.out_stride = product.out_stride;
+  for (std::int64_t first = 0; first < product.depth; first += step) {
     panel.first = first;
-    panel.depth = std::min(step, depth - first);
+    panel.depth = std::min(step, product.depth - first);
     panel.accumulate = first > 0;
+    const std::byte* weights = product.weights + first * element;
     for (std::int64_t n = 0; n < outputs; n += width) {
       for (int i = 0; i < width; ++i)  // the last row stands in for those past the end
-        panel.weights[i] = weights + std::min(n + i, outputs - 1) * row_bytes + first * element;
-      panel.out = out + n;
-      panel.ahead = n + width < outputs ? width * row_bytes : 0;
-      dot(panel);
+        panel.weights[i] = weights + std::min(n + i, outputs - 1) * row_bytes;
+      panel.out = product.out + n;
+      const bool last = n + width >= outputs;
+      if (!last)
+        panel.ahead = width * row_bytes;
+      else  // the next step's first rows, if there is one
+        panel.ahead =
+            first + step < product.depth ? weights + step * element - panel.weights[0] : 0;
+      Dot(panel);
     }
   }
 }

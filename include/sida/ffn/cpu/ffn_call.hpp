@@ -37,7 +37,7 @@ class FfnCall {
 /// Bytes of buffers that an object keeps between calls; larger ones are given back.
 inline constexpr std::size_t kept_workspace_bytes = std::size_t{64} << 20;
 
-/// Bytes of intermediate rows that exist at once (or six rows, where these are more).
+/// Bytes of intermediate rows that exist at once (or 16 rows, where these are more).
 inline constexpr std::int64_t intermediate_bytes = std::int64_t{8} << 20;
 
 /// A call whose rows are held as `Input` and whose sums are `Real`.
@@ -69,7 +69,8 @@ class FfnCallOf final : public FfnCall {
 
   void compute(std::span<const ExpertTask> tasks, ThreadPool& pool) override {
     const std::int64_t row_bytes = padded(intermediate_) * static_cast<std::int64_t>(sizeof(Input));
-    const std::int64_t capacity = std::max<std::int64_t>(6, intermediate_bytes / row_bytes);
+    const std::int64_t capacity =
+        std::max<std::int64_t>(packed_rows, intermediate_bytes / row_bytes);
     std::int64_t filled = 0;
     for (const ExpertTask& task : tasks) {
       for (std::int64_t row = task.row_begin; row < task.row_end;) {
@@ -89,19 +90,20 @@ class FfnCallOf final : public FfnCall {
                    [&](std::int64_t token) { combine_token(token, weights, out); });
     if (workspace_bytes() > kept_workspace_bytes) {
       inputs_.release();
+      packed_inputs_.release();
       results_.release();
       intermediates_.release();
     }
   }
 
   std::size_t workspace_bytes() const noexcept override {
-    return inputs_.bytes() + results_.bytes() + intermediates_.bytes();
+    return inputs_.bytes() + packed_inputs_.bytes() + results_.bytes() + intermediates_.bytes();
   }
 
  private:
   static constexpr std::int64_t block_columns = 32;  // outputs of one unit of work
-  static constexpr std::int64_t block_rows = 48;     // rows that share weights in the caches
-  using Block = Real[block_rows * block_columns];
+  static constexpr std::int64_t max_block_rows = 6 * packed_rows;
+  using Block = Real[max_block_rows * block_columns];
 
   /// Rows of one expert whose intermediate rows are in memory together.
   struct Piece {
@@ -109,6 +111,11 @@ class FfnCallOf final : public FfnCall {
     std::int64_t row;  // first row of the sorted order
     std::int64_t rows;
     std::int64_t intermediate;  // where its intermediate rows begin
+  };
+
+  /// Rows that are packed together: from row `row` of the sorted order, to row `packed`.
+  struct PackedGroup {
+    std::int64_t row, rows, packed;
   };
 
   static constexpr std::int64_t padded(std::int64_t count) {
@@ -129,6 +136,7 @@ class FfnCallOf final : public FfnCall {
   /// Computes the pieces collected so far.
   void flush(std::int64_t& filled, ThreadPool& pool) {
     intermediates_.resize(filled, padded(intermediate_));
+    if (kernels_.pack) pack_inputs(filled, pool);
     const auto pieces = static_cast<std::int64_t>(pieces_.size());
     const std::int64_t up_blocks = blocks(intermediate_), down_blocks = blocks(hidden_);
     const auto piece = [&](std::int64_t i) -> const Piece& {
@@ -144,56 +152,112 @@ class FfnCallOf final : public FfnCall {
     filled = 0;
   }
 
+  /// The pieces' input rows, packed, in the order of their intermediate rows.
+  void pack_inputs(std::int64_t filled, ThreadPool& pool) {
+    packed_inputs_.resize(filled, padded(hidden_));
+    groups_.clear();
+    for (const Piece& piece : pieces_)
+      for (std::int64_t r = 0; r < piece.rows; r += packed_rows)
+        groups_.push_back(
+            {piece.row + r, std::min(packed_rows, piece.rows - r), piece.intermediate + r});
+    pool.run(static_cast<std::int64_t>(groups_.size()), [&](std::int64_t i) {
+      const PackedGroup& group = groups_[static_cast<std::size_t>(i)];
+      const Input* rows[packed_rows];
+      for (std::int64_t r = 0; r < group.rows; ++r) rows[r] = input_row(group.row + r);
+      kernels_.pack(rows, group.rows, padded(hidden_), packed_inputs_.row(group.packed));
+    });
+  }
+
+  const Input* input_row(std::int64_t row) const {
+    return inputs_.row(order_[static_cast<std::size_t>(row)] / top_k_);
+  }
+
   /// Intermediate columns [column, column + block_columns) of a piece's rows.
   void compute_up(const Piece& piece, std::int64_t column) {
     const std::int64_t columns = std::min(block_columns, intermediate_ - column);
     const std::int64_t up_column = column + (config_.gated ? intermediate_ : 0);
     const std::byte* bias = piece.weights.up_bias;
-    Block first{}, second{};  // gate and up, or up alone
-    const Input* rows[block_rows];
-    for (std::int64_t r = 0; r < piece.rows; r += block_rows) {
-      const std::int64_t count = std::min(block_rows, piece.rows - r);
-      for (std::int64_t i = 0; i < count; ++i)
-        rows[i] = inputs_.row(order_[static_cast<std::size_t>(piece.row + r + i)] / top_k_);
-      multiply(rows, count, piece.weights.up, hidden_, column, columns, first);
+    Block first, second;  // gate and up, or up alone
+    const Input* rows[max_block_rows];
+    for (std::int64_t r = 0; r < piece.rows; r += kernels_.rows_at_once) {
+      const std::int64_t count = std::min(kernels_.rows_at_once, piece.rows - r);
+      for (std::int64_t i = 0; i < count; ++i) rows[i] = input_row(piece.row + r + i);
+      Product<Input, Real> product = rows_of(rows, count, packed_inputs_, piece.intermediate + r);
+      multiply(product, piece.weights.up, hidden_, column, columns, first);
       add_bias(bias, column, columns, first, count);
       if (config_.gated) {
-        multiply(rows, count, piece.weights.up, hidden_, up_column, columns, second);
+        multiply(product, piece.weights.up, hidden_, up_column, columns, second);
         add_bias(bias, up_column, columns, second, count);
       }
-      for (std::int64_t i = 0; i < count; ++i) {
-        Input* h = intermediates_.row(piece.intermediate + r + i);
-        const std::int64_t offset = i * block_columns;
-        kernels_.activate(config_.activation, first + offset,
-                          config_.gated ? second + offset : nullptr, h + column,
-                          (columns + 15) / 16 * 16);
-        if (column + columns == intermediate_)
-          std::fill(h + intermediate_, h + padded(intermediate_), Input{});
+      activate(first, second, count, piece.intermediate + r, column, columns);
+    }
+  }
+
+  /// Writes a block of intermediate rows [row, row + count).
+  void activate(Block& first, Block& second, std::int64_t count, std::int64_t row,
+                std::int64_t column, std::int64_t columns) {
+    const std::int64_t whole = (columns + 15) / 16 * 16;
+    const bool last = column + columns == intermediate_;
+    const auto apply = [&](std::int64_t i, Input* h) {
+      Real* values = first + i * block_columns;
+      Real* factors = second + i * block_columns;
+      std::fill(values + columns, values + whole, Real{});
+      if (config_.gated) std::fill(factors + columns, factors + whole, Real{});
+      kernels_.activate(config_.activation, values, config_.gated ? factors : nullptr, h, whole);
+      if (last) std::fill(h + columns, h + padded(intermediate_) - column, Input{});
+    };
+    if (!kernels_.pack) {
+      for (std::int64_t i = 0; i < count; ++i) apply(i, intermediates_.row(row + i) + column);
+      return;
+    }
+    for (std::int64_t begin = 0; begin < count; begin += packed_rows) {
+      const std::int64_t rows = std::min(packed_rows, count - begin);
+      Input block[packed_rows][block_columns];
+      const Input* pointers[packed_rows];
+      for (std::int64_t i = 0; i < rows; ++i) {
+        apply(begin + i, block[i]);
+        pointers[i] = block[i];
       }
+      kernels_.pack(pointers, rows, block_columns, intermediates_.row(row + begin) + column * rows);
     }
   }
 
   /// Result columns [column, column + block_columns) of a piece's rows.
   void compute_down(const Piece& piece, std::int64_t column) {
     const std::int64_t columns = std::min(block_columns, hidden_ - column);
-    Block block{};
-    const Input* rows[block_rows];
-    for (std::int64_t r = 0; r < piece.rows; r += block_rows) {
-      const std::int64_t count = std::min(block_rows, piece.rows - r);
-      for (std::int64_t i = 0; i < count; ++i)
-        rows[i] = intermediates_.row(piece.intermediate + r + i);
-      multiply(rows, count, piece.weights.down, intermediate_, column, columns, block);
+    Block block;
+    const Input* rows[max_block_rows];
+    for (std::int64_t r = 0; r < piece.rows; r += kernels_.rows_at_once) {
+      const std::int64_t count = std::min(kernels_.rows_at_once, piece.rows - r);
+      const std::int64_t from = piece.intermediate + r;
+      for (std::int64_t i = 0; i < count; ++i) rows[i] = intermediates_.row(from + i);
+      Product<Input, Real> product = rows_of(rows, count, intermediates_, from);
+      multiply(product, piece.weights.down, intermediate_, column, columns, block);
       add_bias(piece.weights.down_bias, column, columns, block, count);
       for (std::int64_t i = 0; i < count; ++i)
         std::copy_n(block + i * block_columns, columns, results_.row(piece.row + r + i) + column);
     }
   }
 
-  void multiply(const Input* const* rows, std::int64_t count, const std::byte* weights,
-                std::int64_t depth, std::int64_t column, std::int64_t columns, Block& out) const {
-    const std::int64_t row_bytes = depth * element_;
-    multiply_rows(kernels_.dot, rows, count, weights + column * row_bytes, row_bytes, depth,
-                  columns, out, block_columns);
+  /// `rows`, or in kernels that read them packed the rows of `packed` from `first` on.
+  Product<Input, Real> rows_of(const Input* const* rows, std::int64_t count,
+                               const RowBuffer<Input>& packed, std::int64_t first) const {
+    Product<Input, Real> product;
+    product.inputs = rows;
+    product.rows = count;
+    if (kernels_.pack) product.packed = packed.row(first);
+    return product;
+  }
+
+  void multiply(Product<Input, Real>& product, const std::byte* weights, std::int64_t depth,
+                std::int64_t column, std::int64_t columns, Block& out) const {
+    product.row_bytes = depth * element_;
+    product.weights = weights + column * product.row_bytes;
+    product.depth = depth;
+    product.outputs = columns;
+    product.out = out;
+    product.out_stride = block_columns;
+    kernels_.multiply(product);
   }
 
   void add_bias(const std::byte* bias, std::int64_t column, std::int64_t columns, Block& block,
@@ -228,7 +292,9 @@ class FfnCallOf final : public FfnCall {
   std::int64_t top_k_ = 1;
   std::vector<std::int64_t> order_, row_of_;
   std::vector<Piece> pieces_;
+  std::vector<PackedGroup> groups_;
   RowBuffer<Input> inputs_;         // [tokens, padded H]
+  RowBuffer<Input> packed_inputs_;  // [rows in memory together, padded H], if the kernels pack
   RowBuffer<Input> intermediates_;  // [rows in memory together, padded I]
   RowBuffer<Real> results_;         // [rows of the call, H]
 };

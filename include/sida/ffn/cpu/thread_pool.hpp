@@ -17,7 +17,8 @@
 namespace sida {
 
 /// Runs loops on a fixed number of threads, the caller's among them. Idle threads spin for some
-/// microseconds, for the next loop usually follows at once, and then sleep.
+/// microseconds, for the next loop usually follows at once, and then sleep. A thread that wakes
+/// late takes part in what is left of a loop; nobody waits for it.
 ///
 /// One loop at a time; not to be called from within a loop. Destruction joins the threads.
 class ThreadPool {
@@ -50,25 +51,34 @@ class ThreadPool {
       return;
     }
     using Function = std::remove_reference_t<Body>;
-    start(count, &body, [](const void* function, std::int64_t i) {
+    body_ = &body;
+    call_ = [](const void* function, std::int64_t i) {
       (*static_cast<Function*>(const_cast<void*>(function)))(i);
-    });
+    };
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    announce(open_bit);
     take_indices();
     finish();
+  }
+
+  /// Wakes the threads, so that they are there when the loop begins that is about to follow.
+  void wake() {
+    if (!workers_.empty()) announce(0);
   }
 
  private:
   using Call = void (*)(const void* body, std::int64_t index);
 
-  void start(std::int64_t count, const void* body, Call call) {
+  // state_ counts announcements in its upper half, says in open_bit whether the loop of the last
+  // may be joined, and below it how many workers are in it.
+  static constexpr std::uint64_t open_bit = 1u << 16, announcement = std::uint64_t{1} << 32;
+
+  void announce(std::uint64_t open) {
     {
-      const std::lock_guard lock(mutex_);
-      body_ = body;
-      call_ = call;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
-      busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-      loop_.fetch_add(1, std::memory_order_release);
+      const std::lock_guard lock(mutex_);  // a worker is either before its check or waiting
+      const std::uint64_t before = state_.load(std::memory_order_relaxed);
+      state_.store((before / announcement + 1) * announcement + open, std::memory_order_release);
     }
     wake_.notify_all();
   }
@@ -88,9 +98,13 @@ class ThreadPool {
   }
 
   void finish() {
-    if (!spin([this] { return busy_.load(std::memory_order_acquire) == 0; })) {
+    state_.fetch_and(~open_bit, std::memory_order_acq_rel);
+    const auto all_left = [this] {
+      return state_.load(std::memory_order_acquire) % announcement == 0;
+    };
+    if (!spin(all_left)) {
       std::unique_lock lock(mutex_);
-      done_.wait(lock, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+      done_.wait(lock, all_left);
     }
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
@@ -98,28 +112,37 @@ class ThreadPool {
   void work() noexcept {
     std::uint64_t seen = 0;
     for (;;) {
-      const auto changed = [&] { return loop_.load(std::memory_order_acquire) != seen; };
+      const auto changed = [&] {
+        return state_.load(std::memory_order_acquire) / announcement != seen;
+      };
       if (!spin(changed)) {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, changed);
       }
-      seen = loop_.load(std::memory_order_acquire);
       if (stopping_.load(std::memory_order_acquire)) return;
+      if (!join(seen)) continue;
       take_indices();
-      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      if (state_.fetch_sub(1, std::memory_order_acq_rel) % announcement == 1) {
         const std::lock_guard lock(mutex_);  // the caller is either before its check or waiting
         done_.notify_one();
       }
     }
   }
 
+  /// Joins the loop announced last, if it is open. @returns whether; `seen` is its number.
+  bool join(std::uint64_t& seen) noexcept {
+    std::uint64_t state = state_.load(std::memory_order_acquire);
+    do {
+      seen = state / announcement;
+      if (!(state & open_bit)) return false;
+    } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel,
+                                           std::memory_order_acquire));
+    return true;
+  }
+
   void stop() noexcept {
     stopping_.store(true, std::memory_order_release);
-    {
-      const std::lock_guard lock(mutex_);
-      loop_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    announce(0);
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
   }
@@ -139,9 +162,8 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::atomic<std::uint64_t> loop_{0};  // counts loops: a change tells the workers to begin
+  std::atomic<std::uint64_t> state_{0};
   std::atomic<std::int64_t> next_{0};
-  std::atomic<int> busy_{0};
   std::atomic<bool> stopping_{false};
   const void* body_ = nullptr;
   Call call_ = nullptr;
