@@ -65,6 +65,7 @@ TEST_CASE("Sizes that fit no vector, block or cache agree with the reference", "
                                            {65, 1, 3, 3, 9},
                                            {16, 32, 16, 16, 7},
                                            {31, 17, 2, 1, 200},
+                                           {96, 64, 3, 1, 500},
                                            {800, 1700, 4, 2, 3},
                                            {48, 900, 1, 1, 120}}));
   for (const DataType dtype : storage_types)
@@ -184,6 +185,43 @@ TEST_CASE("NaN in an expert or a token reaches only the tokens that use it", "[e
           CHECK(got.row(t) == clean.row(t));
       }
     }
+}
+
+TEST_CASE("NaN behind a weight row reaches no other column", "[expert_ffn]") {
+  for (const DataType dtype : storage_types)
+    for (const Isa isa : machine_isas()) {
+      const MoeConfig config = make_config(19, 21, 1, 1, dtype);
+      auto slabs = random_slabs(config, 1);
+      const LayerInput input = random_input(config, 5, 2);
+      CpuFfn ffn(config, 2, isa);
+      const Matrix clean = values_of(run_layer(ffn, slabs, input));
+
+      const auto spoil = [&](std::int64_t first, std::int64_t count) {
+        for (std::int64_t i = first; i < first + count; ++i)
+          store(slabs[0].data(), dtype, i, std::numeric_limits<double>::quiet_NaN());
+      };
+      const auto down = static_cast<std::int64_t>(SlabLayout(config).down_offset / size_of(dtype));
+      spoil(down + 7 * 21, 21);  // one row of down: one column of the result
+      slabs[0].resize((static_cast<std::size_t>(down) + 19 * 21 + 32) * size_of(dtype));
+      spoil(down + 19 * 21, 32);
+      const Matrix got = values_of(run_layer(ffn, slabs, input));
+      CAPTURE(name_of(dtype), name_of(isa));
+      for (Eigen::Index n = 0; n < 19; ++n) {
+        CAPTURE(n);
+        if (n == 7)
+          CHECK(got.col(n).array().isNaN().all());
+        else
+          CHECK(got.col(n) == clean.col(n));
+      }
+    }
+}
+
+TEST_CASE("Instruction sets that this machine lacks are named, since nothing tests them here",
+          "[expert_ffn]") {
+  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16})
+    if (isa > best_isa()) WARN("not tested: this processor or system lacks " << name_of(isa));
+  CHECK_THROWS_AS(CpuFfn(make_config(1, 1, 1, 1, DataType::bf16), 1, static_cast<Isa>(99)),
+                  InvalidArgument);
 }
 
 TEST_CASE("What cannot be right is refused with a message that names it", "[expert_ffn]") {
