@@ -181,6 +181,8 @@ def test_help_names_every_command_and_fits() -> None:
         page = run(command, "--help")
         assert page.exit_code == 0
         assert "--json" in page.stdout
+        assert f"For example: sida {command}" in " ".join(page.stdout.split())
+        assert "{out}" not in page.stdout
         assert max(map(len, page.stdout.splitlines())) <= 80
 
 

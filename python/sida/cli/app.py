@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -44,7 +45,22 @@ def sida_command(
     """
 
 
-app.command()(inspect)
-app.command()(demo)
-app.command("train-predictor")(train_predictor)
-app.command()(evaluate)
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    inspect: (
+        "sida inspect models/wordnet-switch-32",
+        "sida inspect models/wordnet-switch-32 --memory 20% --dtype f32",
+    ),
+    demo: ("sida demo", "sida demo --memory 10% --plot demo.png"),
+    train_predictor: (
+        "sida train-predictor MODEL texts.txt predictor.safetensors",
+        "sida train-predictor MODEL texts.jsonl out.safetensors --kind transformer",
+    ),
+    evaluate: (
+        "sida evaluate MODEL held_out.txt",
+        "sida evaluate MODEL held_out.txt --predictor out.safetensors",
+    ),
+}
+
+for command, examples in EXAMPLES.items():
+    epilog = "For example:\n\n" + "\n\n".join(f"`{example}`" for example in examples)
+    app.command(command.__name__.replace("_", "-"), epilog=epilog)(command)

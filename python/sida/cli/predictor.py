@@ -49,7 +49,10 @@ Device = Annotated[str, typer.Option(help="Where torch runs the model: cpu, cuda
 def train_predictor(
     model: Model,
     texts: Texts,
-    out: Annotated[Path, typer.Argument(help="File to write, a .safetensors.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="File to write, a .safetensors.", show_default=False),
+    ],
     kind: Annotated[
         Literal["lstm", "transformer", "token"],
         typer.Option(
