@@ -13,5 +13,6 @@ void bind_store(pybind11::module_& module);
 void bind_cache(pybind11::module_& module);
 void bind_scheduler(pybind11::module_& module);
 void bind_experts(pybind11::module_& module);
+void bind_replay(pybind11::module_& module);
 
 }  // namespace sida::bindings

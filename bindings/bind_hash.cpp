@@ -79,10 +79,13 @@ void bind_table(py::module_& module) {
                   "The table in a file that save() or a handle's record() wrote.")
       .def(
           "save",
-          [](const HashTable& table, const std::filesystem::path& path) {
-            save_hash_table(path, table);
+          [](const HashTable& table, const std::filesystem::path& path,
+             const std::map<std::string, std::string>& notes) {
+            save_hash_table(path, table, notes);
           },
-          py::arg("path"), py::call_guard<Unlocked>(), "Writes the table, whole or not at all.")
+          py::arg("path"), py::kw_only(), py::arg("notes") = std::map<std::string, std::string>(),
+          py::call_guard<Unlocked>(),
+          "Writes the table, whole or not at all, with notes in the file's metadata.")
       .def(
           "find",
           [](const HashTable& table, std::uint64_t key) -> std::optional<HashTable> {

@@ -22,6 +22,7 @@
 #include "engine.hpp"
 #include "gil.hpp"
 #include "sida/io/trace_json.hpp"
+#include "stats.hpp"
 
 namespace sida::bindings {
 namespace {
@@ -88,34 +89,6 @@ HashBuilder::Source source_of(py::function function) {
                            py::str(py::type::of(result)).cast<std::string>());
     return result.cast<HashTable>();
   };
-}
-
-py::dict dict_of(const LayerStats& stats) {
-  py::dict dict;
-  dict["calls"] = stats.calls;
-  dict["predicted_calls"] = stats.predicted_calls;
-  dict["uses"] = stats.uses;
-  dict["hits"] = stats.hits;
-  dict["late"] = stats.late;
-  dict["misses"] = stats.misses;
-  dict["stall_seconds"] = stats.stall_seconds;
-  return dict;
-}
-
-py::dict dict_of(const CacheStats& stats) {
-  py::dict dict = dict_of(stats.total);
-  dict["loads"] = stats.loads;
-  dict["prefetches"] = stats.prefetches;
-  dict["wasted"] = stats.wasted;
-  dict["failed_prefetches"] = stats.failed_prefetches;
-  dict["bytes_moved"] = stats.bytes_moved;
-  dict["bytes_wasted"] = stats.bytes_wasted;
-  dict["passes"] = stats.passes;
-  dict["tables"] = stats.tables;
-  py::list layers;
-  for (const LayerStats& layer : stats.layers) layers.append(dict_of(layer));
-  dict["layers"] = layers;
-  return dict;
 }
 
 std::shared_ptr<AnyScheduler> make_scheduler(AnyCache& cache, int transfer_threads,
@@ -203,7 +176,23 @@ void bind_scheduler(py::module_& module) {
           py::arg("path"), py::call_guard<Unlocked>(),
           "Writes what happened since reset_stats() as a trace for Perfetto.")
       .def("record", &AnyScheduler::recorded, py::call_guard<Unlocked>(),
-           "The routing since reset_stats() as a HashTable.")
+           "The routing since reset_stats() as a HashTable. Where an expert's probability is 0, "
+           "padding needs it.")
+      .def(
+          "times",
+          [](AnyScheduler& self) {
+            RunTimes times;
+            {
+              const Unlocked unlocked;
+              times = self.times();
+            }
+            py::dict dict;
+            dict["layer_seconds"] = times.layer_seconds;
+            dict["expert_seconds"] = times.expert_seconds;
+            return dict;
+          },
+          "What computation took since reset_stats(), waits left out: from one MoE layer's experts "
+          "to the next's, and for one expert in one call; 0 where nothing is known.")
       .def(
           "resize",
           [](AnyScheduler& self, const py::object& memory) {

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_core, module) {
   bind_cache(module);
   bind_scheduler(module);
   bind_experts(module);
+  bind_replay(module);
 }

@@ -66,6 +66,10 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
   void reset_stats() override { scheduler_->reset_stats(); }
   std::vector<TraceEvent> trace() override { return scheduler_->trace().events(); }
   HashTable recorded() override { return scheduler_->recorder().table(); }
+  RunTimes times() override {
+    return run_times(scheduler_->trace().events(), scheduler_->layers(),
+                     scheduler_->cache().slot_bytes());
+  }
   void resize(const Budget& budget) override { scheduler_->resize(budget); }
   void close() override { scheduler_->close(); }
 
@@ -114,19 +118,35 @@ class Cache : public AnyCache, public std::enable_shared_from_this<Cache<B, Poli
   ExpertCache<B, Policy> cache_;
 };
 
+template <class T>
+struct Type {};
+
+/// Calls `function` with the policy of that name.
+template <class F>
+auto with_policy(const std::string& name, F&& function) {
+  if (name == "lookahead" || name == "auto") return function(Type<LookAheadPolicy>{});
+  if (name == "fifo") return function(Type<FifoPolicy>{});
+  if (name == "lru") return function(Type<LruPolicy>{});
+  if (name == "lfu") return function(Type<LfuPolicy>{});
+  throw InvalidArgument("policy: expected fifo, lru, lfu, lookahead or auto, got \"" + name + "\"");
+}
+
 }  // namespace
 
 std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
                                      const std::string& policy, const std::string& device) {
   SIDA_EXPECTS(device == "cpu",
                "device: expected \"cpu\" (this build has no other), got \"" + device + "\"");
-  if (policy == "lookahead" || policy == "auto")
-    return std::make_shared<Cache<CpuBackend, LookAheadPolicy>>(store, budget);
-  if (policy == "fifo") return std::make_shared<Cache<CpuBackend, FifoPolicy>>(store, budget);
-  if (policy == "lru") return std::make_shared<Cache<CpuBackend, LruPolicy>>(store, budget);
-  if (policy == "lfu") return std::make_shared<Cache<CpuBackend, LfuPolicy>>(store, budget);
-  throw InvalidArgument("policy: expected fifo, lru, lfu, lookahead or auto, got \"" + policy +
-                        "\"");
+  return with_policy(policy, [&]<EvictionPolicy Policy>(Type<Policy>) -> std::shared_ptr<AnyCache> {
+    return std::make_shared<Cache<CpuBackend, Policy>>(store, budget);
+  });
+}
+
+ReplayResult replay(const std::string& policy, const HashTable& routing, const HashTable& foretold,
+                    const ReplayOptions& options) {
+  return with_policy(policy, [&]<EvictionPolicy Policy>(Type<Policy>) {
+    return sida::replay<Policy>(routing, foretold, options);
+  });
 }
 
 }  // namespace sida::bindings

@@ -16,6 +16,8 @@
 #include "sida/core/tensor_view.hpp"
 #include "sida/hash/hash_table.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
+#include "sida/schedule/replay.hpp"
+#include "sida/schedule/run_times.hpp"
 
 namespace sida::bindings {
 
@@ -57,6 +59,7 @@ class AnyScheduler {
   virtual void reset_stats() = 0;
   virtual std::vector<TraceEvent> trace() = 0;
   virtual HashTable recorded() = 0;
+  virtual RunTimes times() = 0;
   virtual void resize(const Budget& budget) = 0;
   virtual void close() = 0;
   virtual std::shared_ptr<AnyExperts> make_experts(std::int32_t layer, int threads,
@@ -77,6 +80,10 @@ class AnyCache {
   virtual void resize(const Budget& budget) = 0;
   virtual std::shared_ptr<AnyScheduler> make_scheduler(const SchedulerOptions& options) = 0;
 };
+
+/// @throws InvalidArgument for other names than fifo, lru, lfu, lookahead and auto, and as replay.
+ReplayResult replay(const std::string& policy, const HashTable& routing, const HashTable& foretold,
+                    const ReplayOptions& options);
 
 /// `policy`: fifo, lru, lfu, lookahead or auto; `device`: cpu.
 /// @throws InvalidArgument for other names, and as ExpertCache.

@@ -22,6 +22,8 @@
 
 #include "sida/schedule/offload_plan.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
+#include "sida/schedule/replay.hpp"
+#include "sida/schedule/run_times.hpp"
 
 #include "sida/cache/array_store.hpp"
 #include "sida/cache/budget.hpp"

@@ -21,6 +21,7 @@ from sida._core import (
     MoeConfig,
     OffloadScheduler,
     __version__,
+    replay,
 )
 from sida.layer import LayerExperts, OffloadedExperts
 from sida.stats import Stats
@@ -44,6 +45,7 @@ __all__ = [
     "from_pretrained",
     "load_predictor",
     "offload",
+    "replay",
     "train_predictor",
 ]
 

@@ -244,7 +244,7 @@ TEST_CASE("Rows of padding are computed unless they are to be skipped", "[layer]
   }
 }
 
-TEST_CASE("Padding counts in no rate, is brought by nothing but demand, and is not recorded",
+TEST_CASE("Padding counts in no rate, is brought by nothing but demand, and is recorded as that",
           "[layer][padding]") {
   Model model;
   LayerInput& input = model.inputs[0];
@@ -259,7 +259,9 @@ TEST_CASE("Padding counts in no rate, is brought by nothing but demand, and is n
   CHECK(engine.scheduler->stats().total.uses == 2);
   CHECK(engine.scheduler->stats().loads == 3);
   const HashTable table = engine.scheduler->recorder().table();
-  CHECK(table.ids[table.index(0, 4, 0)] == -1);
+  CHECK(table.ids[table.index(0, 4, 0)] == 5);
+  CHECK(table.probs[table.index(0, 4, 0)] == 0);
+  CHECK(table.probs[table.index(0, 5, 0)] == 1);
   CHECK(table.ids[table.index(0, 5, 0)] == 0);
   CHECK(table.scale[table.index(0, 5, 0)] == static_cast<float>(input.weights.at(10)));
 }

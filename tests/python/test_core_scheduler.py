@@ -236,7 +236,8 @@ def test_a_recording_is_the_routing_and_serves_as_a_perfect_predictor(tmp_path: 
     scheduler.end_pass()
     recorded = scheduler.record()
     assert recorded.keys == [key]
-    assert recorded.ids[:, :, 0].tolist() == [[0, 1, 2, -1], [3, 3, 1, -1]]
+    assert recorded.ids[:, :, 0].tolist() == [[0, 1, 2, 3], [3, 3, 1, 0]]
+    assert recorded.probs[:, :, 0].tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]  # 0: for padding
     recorded.save(tmp_path / "routing.safetensors")
 
     again, layers = engine()

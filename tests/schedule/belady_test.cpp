@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
 #include <random>
 #include <vector>
 
+#include "sida/schedule/belady.hpp"
 #include "support/catch.hpp"
 #include "support/scheduled.hpp"
 
@@ -38,36 +38,8 @@ std::vector<PassNeeds> made_up(int batches, int active, std::uint32_t seed) {
   return passes;
 }
 
-// Loads of Belady's rule on the whole trace: whatever is used furthest in the future goes.
-std::int64_t belady(const std::vector<PassNeeds>& passes, std::size_t slots) {
-  std::vector<int> uses;
-  for (const PassNeeds& needs : passes)
-    for (int layer = 0; layer < layers; ++layer)
-      for (const std::int32_t e : needs[static_cast<std::size_t>(layer)])
-        uses.push_back(layer * experts + e);
-  std::vector<std::size_t> next(uses.size());
-  std::map<int, std::size_t> seen;
-  for (std::size_t i = uses.size(); i-- > 0;) {
-    next[i] = seen.count(uses[i]) ? seen[uses[i]] : uses.size() + i;
-    seen[uses[i]] = i;
-  }
-  std::map<int, std::size_t> cache;  // expert -> its next use
-  std::int64_t loads = 0;
-  for (std::size_t i = 0; i < uses.size(); ++i) {
-    if (!cache.count(uses[i])) {
-      ++loads;
-      if (cache.size() == slots)
-        cache.erase(std::max_element(cache.begin(), cache.end(), [](const auto& a, const auto& b) {
-          return a.second < b.second;
-        }));
-    }
-    cache[uses[i]] = next[i];
-  }
-  return loads;
-}
-
 template <class Policy>
-CacheStats replay(const std::vector<PassNeeds>& passes, std::int64_t slots, std::size_t ahead) {
+CacheStats run(const std::vector<PassNeeds>& passes, std::int64_t slots, std::size_t ahead) {
   Scheduled<CpuBackend, Policy> engine(std::make_shared<PatternStore>(layers, experts, 64),
                                        Budget::experts(slots));
   std::size_t built = 0;
@@ -101,8 +73,10 @@ TEST_CASE("With full knowledge LookAhead moves at most 10 % more than Belady", "
        {Case{4, 19}, Case{4, 48}, Case{12, 10}, Case{12, 19}, Case{12, 48}}) {
     CAPTURE(active, slots);
     const auto passes = made_up(100, active, 3);
-    const double best = static_cast<double>(belady(passes, static_cast<std::size_t>(slots)));
-    const CacheStats stats = replay<LookAheadPolicy>(passes, slots, 100);
+    std::vector<HashTable> tables;
+    for (const PassNeeds& needs : passes) tables.push_back(table_of(needs));
+    const auto best = static_cast<double>(belady_loads(uses_of(concatenate(tables)), slots));
+    const CacheStats stats = run<LookAheadPolicy>(passes, slots, 100);
     CAPTURE(best, stats.loads);
     CHECK(static_cast<double>(stats.loads) <= 1.10 * best);
     CHECK(stats.total.uses == 100 * layers * active);
@@ -113,6 +87,5 @@ TEST_CASE("With full knowledge LookAhead moves at most 10 % more than Belady", "
 TEST_CASE("Without any table LookAhead misses less than LRU on the walk through the layers",
           "[belady]") {
   const auto passes = made_up(100, 12, 4);
-  CHECK(replay<LookAheadPolicy>(passes, 36, 0).loads <
-        replay<LruPolicy>(passes, 36, 0).loads * 9 / 10);
+  CHECK(run<LookAheadPolicy>(passes, 36, 0).loads < run<LruPolicy>(passes, 36, 0).loads * 9 / 10);
 }

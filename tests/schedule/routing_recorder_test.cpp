@@ -11,11 +11,14 @@ TEST_CASE("What was recorded is the table that a perfect predictor would have bu
           "[recorder]") {
   RoutingRecorder recorder(2, 1 << 20);
   recorder.begin_pass(11);
-  recorder.add(0, 2, 1, std::vector<std::int32_t>{3, -1}, std::vector<float>{0.5F, 0});
-  recorder.add(1, 2, 1, std::vector<std::int32_t>{0, 2}, std::vector<float>{0.25F, 1});
+  recorder.add(0, 2, 1, std::vector<std::int32_t>{3, -1}, std::vector<float>{1, 0},
+               std::vector<float>{0.5F, 0});
+  recorder.add(1, 2, 1, std::vector<std::int32_t>{0, 2}, std::vector<float>{0, 1},
+               std::vector<float>{0.25F, 1});
   recorder.end_pass();
   recorder.begin_pass(12);
-  recorder.add(1, 1, 1, std::vector<std::int32_t>{1}, std::vector<float>{0.75F});
+  recorder.add(1, 1, 1, std::vector<std::int32_t>{1}, std::vector<float>{1},
+               std::vector<float>{0.75F});
   recorder.begin_pass(13);  // ends the one before
 
   const HashTable table = recorder.table();
@@ -23,7 +26,7 @@ TEST_CASE("What was recorded is the table that a perfect predictor would have bu
   CHECK(table.keys == std::vector<std::uint64_t>{11, 12});
   CHECK(table.offsets == std::vector<std::int64_t>{0, 2, 3});
   CHECK(table.ids == std::vector<std::int32_t>{3, -1, -1, 0, 2, 1});  // layer 0 of pass 2 not run
-  CHECK(table.probs == std::vector<float>{1, 0, 0, 1, 1, 1});
+  CHECK(table.probs == std::vector<float>{1, 0, 0, 0, 1, 1});         // 0: for padding
   CHECK(table.scale == std::vector<float>{0.5F, 0, 0, 0.25F, 1, 0.75F});
 }
 
@@ -31,7 +34,8 @@ TEST_CASE("The recorder keeps the latest passes within its bytes", "[recorder]")
   RoutingRecorder recorder(1, 30 * 12);
   for (std::uint64_t pass = 0; pass < 10; ++pass) {
     recorder.begin_pass(pass);
-    recorder.add(0, 10, 1, std::vector<std::int32_t>(10, 1), std::vector<float>(10, 1.0F));
+    recorder.add(0, 10, 1, std::vector<std::int32_t>(10, 1), std::vector<float>(10, 1.0F),
+                 std::vector<float>(10, 1.0F));
     recorder.end_pass();
   }
   CHECK(recorder.table().keys == std::vector<std::uint64_t>{7, 8, 9});

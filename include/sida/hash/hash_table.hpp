@@ -19,7 +19,8 @@ namespace sida {
 /// [offsets[b], offsets[b + 1]), in the order of the flattened [sequences, positions] input, and is
 /// found by keys[b]. The arrays are [layers, tokens, candidates], row-major, candidates by falling
 /// probability. An id of -1 means that nothing is foretold: a padding token, a layer without a
-/// head, fewer candidates than the table is wide.
+/// head, fewer candidates than the table is wide. In recorded routing, an expert of probability 0
+/// is needed for padding and not foretold.
 struct HashTable {
   std::int32_t layers = 0;      ///< all MoE layers of the model
   std::int32_t candidates = 0;  ///< experts named for each token

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -18,23 +19,26 @@ namespace sida {
 
 /// Writes `table` to a file of format "sida-hash-table", whole or not at all: keys I64 [batches]
 /// (the bits of the u64), offsets I64 [batches + 1], ids I32, probs F32 and scale F32
-/// [layers, tokens, candidates].
+/// [layers, tokens, candidates]. `notes` are further metadata, for people and other tools.
 /// @throws InvalidArgument if the table is not valid (HashTable::validate), IoError when writing
 /// fails.
-inline void save_hash_table(const std::filesystem::path& path, const HashTable& table) {
+inline void save_hash_table(const std::filesystem::path& path, const HashTable& table,
+                            const std::map<std::string, std::string>& notes = {}) {
   table.validate();
   const auto bytes = [](const auto& values) { return std::as_bytes(std::span(values)); };
   const std::vector<std::int64_t> shape{table.layers, table.tokens(), table.candidates};
+  std::map<std::string, std::string> metadata = notes;
+  metadata["format"] = "sida-hash-table";
+  metadata["version"] = "1";
+  metadata["layers"] = std::to_string(table.layers);
+  metadata["candidates"] = std::to_string(table.candidates);
   write_safetensors(path,
                     {{"keys", DataType::i64, {table.batches()}, bytes(table.keys)},
                      {"offsets", DataType::i64, {table.batches() + 1}, bytes(table.offsets)},
                      {"ids", DataType::i32, shape, bytes(table.ids)},
                      {"probs", DataType::f32, shape, bytes(table.probs)},
                      {"scale", DataType::f32, shape, bytes(table.scale)}},
-                    {{"format", "sida-hash-table"},
-                     {"version", "1"},
-                     {"layers", std::to_string(table.layers)},
-                     {"candidates", std::to_string(table.candidates)}});
+                    metadata);
 }
 
 /// The hash table in a file that save_hash_table wrote. @throws IoError.

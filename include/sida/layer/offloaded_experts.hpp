@@ -106,7 +106,8 @@ class OffloadedExperts {
     }
     const std::vector<std::int64_t> shape{tokens, k};
     run(hidden, {std::as_bytes(std::span(ids)).data(), DataType::i32, shape},
-        {std::as_bytes(std::span(weights)).data(), DataType::f32, shape}, out, {}, false, true);
+        {std::as_bytes(std::span(weights)).data(), DataType::f32, shape}, out, mask_for(hidden),
+        true, true);
   }
 
   Scheduler& scheduler() const noexcept { return *scheduler_; }
@@ -137,7 +138,8 @@ class OffloadedExperts {
       for (const auto& lease : leases) tasks.push_back(task(groups, lease));
       const double begin = Trace::now();
       ffn_->compute(tasks);
-      scheduler_->trace().add({TraceKind::compute, {layer_, -1}, begin, Trace::now(), 0, 0});
+      const auto bytes = static_cast<std::int64_t>(tasks.size() * layout_.slab_bytes);
+      scheduler_->trace().add({TraceKind::compute, {layer_, -1}, begin, Trace::now(), bytes, 0});
     }
     ffn_->combine(weights, out);
   }
@@ -199,19 +201,20 @@ class OffloadedExperts {
     return flags;
   }
 
-  // What a perfect predictor would have foretold: nothing for padding.
+  // What a perfect predictor would have foretold; what padding needs has probability 0.
   void record(const TokenGroups& groups, const ConstTensorView& ids, const ConstTensorView& weights,
               std::span<const std::uint8_t> mask) const {
     std::vector<std::int32_t> experts(groups.row_of.size(), -1);
-    std::vector<float> scale(groups.row_of.size(), 0.0f);
+    std::vector<float> probs(groups.row_of.size(), 0.0f), scale(probs);
     for (std::size_t a = 0; a < experts.size(); ++a) {
       if (groups.row_of[a] < 0) continue;
-      if (!mask.empty() && mask[a / static_cast<std::size_t>(groups.top_k)] == 0) continue;
       const auto assignment = static_cast<std::int64_t>(a);
       experts[a] = static_cast<std::int32_t>(detail::load_index(ids, assignment));
       scale[a] = static_cast<float>(detail::load_real(weights, assignment));
+      const bool is_token = mask.empty() || mask[a / static_cast<std::size_t>(groups.top_k)] != 0;
+      probs[a] = is_token ? 1.0f : 0.0f;
     }
-    scheduler_->recorder().add(layer_, groups.tokens, groups.top_k, experts, scale);
+    scheduler_->recorder().add(layer_, groups.tokens, groups.top_k, experts, probs, scale);
   }
 
   MoeConfig config_;

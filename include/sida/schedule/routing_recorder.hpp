@@ -29,11 +29,13 @@ class RoutingRecorder {
     recording_ = true;
   }
 
-  /// The routing of one layer: `ids` and `weights` are [tokens, top_k]. An id of -1 is no expert.
+  /// The routing of one layer: `ids`, `probs` and `weights` are [tokens, top_k]. An id of -1 is no
+  /// expert; probability 0 says that it is one for padding, which is needed and not foretold.
   /// A pass's layers have one number of tokens; another call of the layer in the same pass replaces
   /// the first, and a layer of other size is left out.
   void add(std::int32_t layer, std::int64_t tokens, std::int32_t top_k,
-           std::span<const std::int32_t> ids, std::span<const float> weights) {
+           std::span<const std::int32_t> ids, std::span<const float> probs,
+           std::span<const float> weights) {
     const std::lock_guard lock(mutex_);
     if (!recording_ || tokens == 0) return;
     if (current_.ids.empty()) allocate(tokens, top_k);
@@ -41,7 +43,7 @@ class RoutingRecorder {
     const std::size_t begin = current_.index(layer, 0, 0);
     for (std::size_t i = 0; i < ids.size(); ++i) {
       current_.ids[begin + i] = ids[i];
-      current_.probs[begin + i] = ids[i] < 0 ? 0.0f : 1.0f;
+      current_.probs[begin + i] = ids[i] < 0 ? 0.0f : probs[i];
       current_.scale[begin + i] = ids[i] < 0 ? 0.0f : weights[i];
     }
   }

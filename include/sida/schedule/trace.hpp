@@ -39,7 +39,7 @@ struct TraceEvent {
   ExpertId id;  ///< expert -1: of the whole layer; layer -1: of no layer
   double begin = 0;
   double end = 0;
-  std::int64_t bytes = 0;
+  std::int64_t bytes = 0;  ///< of experts moved or computed
   std::int32_t lane = 0;  ///< which of several threads of a kind
 };
 

@@ -122,11 +122,18 @@ class Offloaded:
     def record(self, path: str | os.PathLike[str]) -> HashTable:
         """Write the routing since `reset_stats()` as a hash table, and return it.
 
-        Passed as `predictor=`, it foretells the same batches perfectly. Memory for it is bounded:
-        the oldest passes go first.
+        Passed as `predictor=`, it foretells the same batches perfectly; ``sida replay`` reads it,
+        and its notes on sizes and times of this run. Memory for it is bounded: the oldest passes
+        go first.
         """
-        table = self._open_engine().scheduler.record()
-        table.save(path)
+        engine = self._open_engine()
+        table = engine.scheduler.record()
+        notes = {
+            "experts": str(self._adapter.num_experts),
+            "expert_bytes": str(engine.cache.slot_bytes),
+            **{name: repr(value) for name, value in engine.scheduler.times().items()},
+        }
+        table.save(path, notes=notes)
         return table
 
     def resize(self, memory: Memory) -> None:
