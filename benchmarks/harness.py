@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks share: a quiet machine, interleaved candidates, results with their origin."""
+"""What benchmarks share: a quiet machine, interleaved candidates, results with their origin.
+
+What is compared runs in one process, in turns, on new inputs in each. A benchmark is a function
+that returns results; `run` waits for a quiet machine, calls it, and writes what it returned unless
+other programs disturbed it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -11,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +26,52 @@ import torch
 import sida
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 QUIET_LOAD = 0.5
-"""Load of the machine above which nothing is recorded."""
+"""Processors that other programs may keep busy while something is recorded."""
+STEADY_SPREAD = 1.5
+"""p90 / p10 of a candidate's times above which nothing is recorded."""
+SAMPLES, SAMPLE_SECONDS = 40, 0.05
+TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class NotQuietError(RuntimeError):
     """The machine does other work, so that times would say little."""
 
 
+class Others:
+    """Processors that other programs kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._began = (time.monotonic(), _busy_seconds(), _own_seconds())
+
+    def load(self) -> float:
+        """Return how many on average."""
+        began, busy, own = self._began
+        others = (_busy_seconds() - busy) - (_own_seconds() - own)
+        return max(0.0, others) / (time.monotonic() - began)
+
+
+_since_quiet: Others | None = None
+
+
 def wait_until_quiet(seconds: float = 120) -> None:
-    """Wait for the machine's load to fall.
+    """Wait until the machine's load is low: what runs or waits for a disk, this process left out.
+
+    The load is taken over two seconds; the kernel's average remembers the benchmark before.
 
     Raises:
-        NotQuietError: It did not.
+        NotQuietError: It stayed high.
     """
+    global _since_quiet
     end = time.monotonic() + seconds
-    while os.getloadavg()[0] > QUIET_LOAD:
+    while (load := _load()) > QUIET_LOAD:
         if time.monotonic() > end:
             raise NotQuietError(
-                f"expected a load of at most {QUIET_LOAD}, got {os.getloadavg()[0]:.2f}: "
+                f"expected a load of at most {QUIET_LOAD}, got {load:.2f}: "
                 "stop other programs, or wait"
             )
-        time.sleep(5)
+    _since_quiet = Others()
 
 
 def interleave(
@@ -52,7 +82,8 @@ def interleave(
     """Time candidates in turns, so that a change of the machine's clock meets all of them.
 
     Args:
-        candidates: What is timed, by name.
+        candidates: What is timed, by name. One that returns a float says itself how many seconds
+            it took.
         repetitions: Turns; one more goes before and is not counted.
         prepare: Called before each turn, outside the times, with its number.
 
@@ -62,22 +93,88 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         prepare(repetition)
-        for name, run in candidates.items():
+        for name, run_candidate in candidates.items():
             begin = time.perf_counter()
-            run()
+            own = run_candidate()
+            seconds = time.perf_counter() - begin
             if repetition:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(own if isinstance(own, float) else seconds)
     return {name: summary(values) for name, values in times.items()}
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median, minimum and spread of some times."""
-    deciles = statistics.quantiles(seconds, n=10)
+    deciles = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds
     return {
         "median": statistics.median(seconds),
         "minimum": min(seconds),
         "spread": deciles[-1] / deciles[0],
+        "repetitions": len(seconds),
     }
+
+
+def target(
+    what: str, figure: float, *, at_most: float | None = None, at_least: float | None = None
+) -> dict[str, Any]:
+    """Return a figure that was promised, its limit, and whether it is kept."""
+    met = figure <= at_most if at_most is not None else figure >= (at_least or 0)
+    limit = {"at_most": at_most} if at_most is not None else {"at_least": at_least}
+    return {"what": what, "figure": figure, **limit, "met": met}
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--anyway", action="store_true", help="on a busy machine too; prints, writes nothing"
+    )
+    parser.add_argument("--repetitions", type=int, default=20, help="turns (default: 20)")
+    return parser
+
+
+def run(name: str, options: argparse.Namespace, measure: Callable[[], Mapping[str, Any]]) -> None:
+    """Measure and write benchmarks/results/NAME.json; with --anyway print and write nothing."""
+    if not options.anyway:
+        wait_until_quiet()
+    results = measure()
+    for kept in results.get("targets", []):
+        relation = "<=" if "at_most" in kept else ">="
+        limit = kept.get("at_most", kept.get("at_least"))
+        mark = "ok    " if kept["met"] else "MISSED"
+        print(f"{mark} {kept['what']}: {kept['figure']:.4g} ({relation} {limit:.4g})")
+    if options.anyway:
+        print(json.dumps(results, indent=1))
+    else:
+        print(write(name, results))
+
+
+def write(name: str, results: Mapping[str, Any]) -> Path:
+    """Write results to benchmarks/results/NAME.json.
+
+    Raises:
+        NotQuietError: Other programs were at work since `wait_until_quiet`, or times vary much.
+    """
+    if _since_quiet is None:
+        raise NotQuietError("not recorded: wait_until_quiet() was not called")
+    load = _since_quiet.load()
+    if load > QUIET_LOAD:
+        raise NotQuietError(
+            f"not recorded: other programs kept {load:.2f} processors busy meanwhile, expected at "
+            f"most {QUIET_LOAD}"
+        )
+    unsteady = [
+        f"{place}: {spread:.2f}" for place, spread in _spreads(results) if spread > STEADY_SPREAD
+    ]
+    if unsteady:
+        raise NotQuietError(
+            f"not recorded: expected p90 / p10 of at most {STEADY_SPREAD}, got "
+            + ", ".join(unsteady)
+        )
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {**provenance(), "load_of_others": round(load, 3), **results}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def provenance() -> dict[str, Any]:
@@ -85,15 +182,22 @@ def provenance() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
+    import transformers
+
     return {
         "commit": commit.stdout.strip() or None,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
         "sida": sida.__version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
@@ -106,9 +210,35 @@ def _cpu() -> dict[str, Any]:
     return {"model": by_name.get("model name"), "isa": [flag for flag in wanted if flag in flags]}
 
 
-def write(name: str, results: Mapping[str, Any]) -> Path:
-    """Write results to benchmarks/results/NAME.json."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**provenance(), **results}, indent=1) + "\n", encoding="utf-8")
-    return path
+def _load() -> float:
+    samples = []
+    for _ in range(SAMPLES):
+        time.sleep(SAMPLE_SECONDS)
+        fields = dict(line.split()[:2] for line in _stat())
+        samples.append(int(fields["procs_running"]) - 1 + int(fields["procs_blocked"]))
+    return statistics.mean(samples)
+
+
+def _busy_seconds() -> float:
+    user, nice, system, _, _, irq, softirq = (int(field) for field in _stat()[0].split()[1:8])
+    return (user + nice + system + irq + softirq) * TICK
+
+
+def _own_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+def _stat() -> list[str]:
+    return Path("/proc/stat").read_text(encoding="ascii").splitlines()
+
+
+def _spreads(results: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(results, Mapping):
+        for name, value in results.items():
+            if name == "spread":
+                yield place, value
+            else:
+                yield from _spreads(value, f"{place}.{name}" if place else name)
+    elif isinstance(results, list):
+        for index, value in enumerate(results):
+            yield from _spreads(value, f"{place}[{index}]")
