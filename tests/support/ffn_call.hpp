@@ -9,19 +9,12 @@
 #include "sida/ffn/expert_ffn_cpu.hpp"
 #include "sida/ffn/slab_layout.hpp"
 #include "sida/ffn/token_groups.hpp"
+#include "support/machine_isas.hpp"
 #include "support/random_weights.hpp"
 
 namespace sida::test {
 
 using CpuFfn = ExpertFfn<CpuBackend>;
-
-/// Every instruction set that this machine runs.
-inline std::vector<Isa> machine_isas() {
-  std::vector<Isa> isas;
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16})
-    if (isa <= best_isa()) isas.push_back(isa);
-  return isas;
-}
 
 /// A layer call's arguments.
 struct LayerInput {

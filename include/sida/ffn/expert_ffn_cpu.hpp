@@ -7,12 +7,12 @@
 #include <span>
 #include <string>
 
+#include "sida/backend/cpu/isa.hpp"
 #include "sida/backend/cpu_backend.hpp"
 #include "sida/core/error.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/cpu/ffn_call.hpp"
-#include "sida/ffn/cpu/isa.hpp"
 #include "sida/ffn/cpu/thread_pool.hpp"
 #include "sida/ffn/expert_ffn.hpp"
 #include "sida/ffn/token_groups.hpp"
@@ -36,9 +36,7 @@ class ExpertFfn<CpuBackend> {
   explicit ExpertFfn(const MoeConfig& config, int threads, Isa isa = best_isa())
       : config_(config), isa_(isa), pool_(std::make_unique<ThreadPool>(threads)) {
     validate(config);
-    SIDA_EXPECTS(isa <= best_isa(), "isa: expected one that this processor runs (up to " +
-                                        std::string(name_of(best_isa())) + "), got " +
-                                        std::string(name_of(isa)));
+    expect_runs(isa);
     call_ = make_call();
   }
 

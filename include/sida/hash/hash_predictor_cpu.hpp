@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "sida/backend/cpu/isa.hpp"
 #include "sida/backend/cpu_backend.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/hash/cpu/lstm_trunk.hpp"
@@ -19,15 +20,16 @@
 
 namespace sida {
 
-/// The predictor on the CPU, in f32 through Eigen. Immutable and thread-safe; copies share the
-/// weights.
+/// The predictor on the CPU, in f32. Immutable and thread-safe; copies share the weights.
 template <>
 class HashPredictor<CpuBackend> {
  public:
-  /// @throws InvalidArgument if a size cannot be right, the kind is unknown, or a tensor is
-  /// missing, left over or of another shape than the sizes ask for.
-  explicit HashPredictor(PredictorWeights weights)
-      : parts_(std::make_shared<const Parts>(std::move(weights))) {}
+  /// @throws InvalidArgument if a size cannot be right, the kind is unknown, a tensor is missing,
+  /// left over or of another shape than the sizes ask for, or this processor lacks `isa`.
+  explicit HashPredictor(PredictorWeights weights, Isa isa = best_isa()) {
+    expect_runs(isa);
+    parts_ = std::make_shared<const Parts>(std::move(weights), isa);
+  }
 
   /// Hash table of one batch.
   ///
@@ -85,8 +87,8 @@ class HashPredictor<CpuBackend> {
 
   /// The weights and what views them; never moved.
   struct Parts {
-    explicit Parts(PredictorWeights given)
-        : weights(checked(std::move(given))), tensors(weights), heads(tensors, weights) {
+    Parts(PredictorWeights given, Isa isa)
+        : weights(checked(std::move(given))), tensors(weights, isa), heads(tensors, weights) {
       if (weights.kind == "lstm") {
         trunk = std::make_unique<detail::LstmTrunk>(tensors, weights);
       } else if (weights.kind == "transformer") {

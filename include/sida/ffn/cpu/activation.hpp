@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "sida/backend/cpu/isa.hpp"
 #include "sida/core/half.hpp"
 #include "sida/core/moe_config.hpp"
-#include "sida/ffn/cpu/isa.hpp"
 
 // Activations on vectors of the compiler's (GCC's and Clang's vector extension), so that one text
 // serves every instruction set: the bodies are inlined into functions with the set's target.

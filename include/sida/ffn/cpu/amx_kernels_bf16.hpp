@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "sida/ffn/cpu/isa.hpp"
+#include "sida/backend/cpu/isa.hpp"
 
 #if SIDA_X86_KERNELS
 #include <immintrin.h>
@@ -10,8 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sida/backend/cpu/dot_panel.hpp"
 #include "sida/core/half.hpp"
-#include "sida/ffn/cpu/dot_panel.hpp"
 #include "sida/ffn/cpu/packed_rows.hpp"
 
 // bf16 inputs against bf16 weights on AMX's tiles. 16 weight rows are the first operand as they lie

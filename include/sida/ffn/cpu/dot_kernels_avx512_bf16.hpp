@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "sida/ffn/cpu/isa.hpp"
+#include "sida/backend/cpu/isa.hpp"
 
 #if SIDA_X86_KERNELS
 #include <immintrin.h>
 
 #include <cstdint>
 
+#include "sida/backend/cpu/dot_kernels_avx512.hpp"
+#include "sida/backend/cpu/dot_panel.hpp"
 #include "sida/core/half.hpp"
-#include "sida/ffn/cpu/dot_kernels_avx512.hpp"
-#include "sida/ffn/cpu/dot_panel.hpp"
 
 // bf16 inputs against bf16 weights: vdpbf16ps multiplies pairs along the depth and adds them in
 // f32.

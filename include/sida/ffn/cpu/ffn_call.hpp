@@ -253,6 +253,7 @@ class FfnCallOf final : public FfnCall {
                 std::int64_t column, std::int64_t columns, Block& out) const {
     product.row_bytes = depth * element_;
     product.weights = weights + column * product.row_bytes;
+    product.element_bytes = element_;
     product.depth = depth;
     product.outputs = columns;
     product.out = out;

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "sida/backend/cpu/dot_kernels_portable.hpp"
+#include "sida/backend/cpu/dot_panel.hpp"
+#include "sida/backend/cpu/f32_product.hpp"
+#include "sida/backend/cpu/isa.hpp"
 #include "sida/core/data_type.hpp"
 #include "sida/core/half.hpp"
 #include "sida/ffn/cpu/activation.hpp"
 #include "sida/ffn/cpu/amx_kernels_bf16.hpp"
-#include "sida/ffn/cpu/dot_kernels_avx2.hpp"
-#include "sida/ffn/cpu/dot_kernels_avx512.hpp"
 #include "sida/ffn/cpu/dot_kernels_avx512_bf16.hpp"
-#include "sida/ffn/cpu/dot_kernels_portable.hpp"
-#include "sida/ffn/cpu/dot_panel.hpp"
-#include "sida/ffn/cpu/isa.hpp"
 #include "sida/ffn/cpu/packed_rows.hpp"
 
 namespace sida::detail {
@@ -30,23 +29,20 @@ inline bool has_bf16_products(DataType storage, Isa isa) noexcept {
   return storage == DataType::bf16 && isa >= Isa::avx512_bf16;
 }
 
-template <class Weight>
-FfnKernels<float, float> f32_kernels(Isa isa) {
+inline ActivateFunction<float, float> f32_activate(Isa isa) {
 #if SIDA_X86_KERNELS
-  if (isa >= Isa::avx512)
-    return {multiply_rows<float, float, avx512::dot_panel<Weight>>, activate_avx512<float>};
-  if (isa == Isa::avx2)
-    return {multiply_rows<float, float, avx2::dot_panel<Weight>>, activate_avx2};
+  if (isa >= Isa::avx512) return activate_avx512<float>;
+  if (isa == Isa::avx2) return activate_avx2;
 #endif
   static_cast<void>(isa);
-  return {multiply_rows<float, float, portable::dot_panel<Weight, float>>, activate_portable};
+  return activate_portable;
 }
 
 /// Kernels that widen weights of `storage` (f32, f16, bf16) to f32.
 inline FfnKernels<float, float> f32_kernels(DataType storage, Isa isa) {
-  if (storage == DataType::f16) return f32_kernels<Half>(isa);
-  if (storage == DataType::bf16) return f32_kernels<BFloat16>(isa);
-  return f32_kernels<float>(isa);
+  if (storage == DataType::f16) return {f32_multiply<Half>(isa), f32_activate(isa)};
+  if (storage == DataType::bf16) return {f32_multiply<BFloat16>(isa), f32_activate(isa)};
+  return {f32_multiply<float>(isa), f32_activate(isa)};
 }
 
 /// For has_bf16_products only.

@@ -16,7 +16,7 @@ class LstmLayer {
  public:
   LstmLayer(TensorReader& tensors, const std::string& suffix, std::int64_t size)
       : input_{tensors.matrix("lstm.weight_ih" + suffix, 4 * size, size),
-               tensors.row("lstm.bias_ih" + suffix, 4 * size)},
+               tensors.row("lstm.bias_ih" + suffix, 4 * size), tensors.multiplier()},
         recurrent_(tensors.matrix("lstm.weight_hh" + suffix, 4 * size, size)),
         recurrent_bias_(tensors.row("lstm.bias_hh" + suffix, 4 * size)) {}
 
@@ -37,7 +37,7 @@ class LstmLayer {
       while (running > 0 && sentences.length(order[static_cast<std::size_t>(running - 1)]) <= t)
         --running;
       if (running == 0) break;
-      multiply(hidden.topRows(running), recurrent_, step.topRows(running));
+      input_.multiply(hidden.topRows(running), recurrent_, step.topRows(running));
       for (Eigen::Index s = 0; s < running; ++s) {
         const Eigen::Index row = sentences.begin(order[static_cast<std::size_t>(s)]) + t;
         gates.row(row) += step.row(s);
@@ -83,7 +83,8 @@ class LstmTrunk final : public PredictorTrunk {
     const Matrix states = second_(first_(compressed, sentences), sentences);
     Matrix hidden = residual_(compressed);
     for (std::size_t s = 0; s < sentences.count(); ++s)
-      add_sparse_attention(states.middleRows(sentences.begin(s), sentences.length(s)),
+      add_sparse_attention(residual_.multiply,
+                           states.middleRows(sentences.begin(s), sentences.length(s)),
                            hidden.middleRows(sentences.begin(s), sentences.length(s)));
     return hidden;
   }

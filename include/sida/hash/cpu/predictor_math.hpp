@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <set>
@@ -9,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "sida/backend/cpu/f32_product.hpp"
+#include "sida/backend/cpu/isa.hpp"
 #include "sida/core/error.hpp"
 #include "sida/hash/predictor_weights.hpp"
 
@@ -30,23 +33,61 @@ struct Sentences {
   Eigen::Index length(std::size_t s) const noexcept { return offsets[s + 1] - offsets[s]; }
 };
 
-/// y = x · weightᵀ; weight [out, in]. Every product of the predictors with their weights is here.
-inline void multiply(const Eigen::Ref<const Matrix>& x, const MatrixMap& weight,
-                     Eigen::Ref<Matrix> y) {
-  // Eigen's matrix product repacks the weights each time, which few rows do not pay back.
-  constexpr Eigen::Index few = 16;
-  if (x.rows() > few) {
-    y.noalias() = x * weight.transpose();
-    return;
+/// Products of f32 matrices on the kernels of an instruction set.
+class Multiplier {
+ public:
+  explicit Multiplier(Isa isa) : multiply_(f32_multiply<float>(isa)) {}
+
+  /// y = x · weightᵀ; weight [out, in]. A row's bits do not depend on the rows beside it.
+  void operator()(const Eigen::Ref<const Matrix>& x, const Eigen::Ref<const Matrix>& weight,
+                  Eigen::Ref<Matrix> y) const {
+    float block[block_rows * block_columns];
+    const float* rows[block_rows];
+    Matrix padded;
+    Product<float, float> product;
+    product.inputs = rows;
+    product.row_bytes = weight.outerStride() * static_cast<std::int64_t>(sizeof(float));
+    product.element_bytes = sizeof(float);
+    product.depth = x.cols();
+    product.out = block;
+    product.out_stride = block_columns;
+    for (Eigen::Index row = 0; row < x.rows(); row += block_rows) {
+      product.rows = std::min(block_rows, x.rows() - row);
+      set_rows(x.middleRows(row, product.rows), padded, rows);
+      for (Eigen::Index column = 0; column < weight.rows(); column += block_columns) {
+        product.outputs = std::min(block_columns, weight.rows() - column);
+        product.weights = reinterpret_cast<const std::byte*>(weight.row(column).data());
+        multiply_(product);
+        y.block(row, column, product.rows, product.outputs) =
+            Eigen::Map<const Matrix, 0, Eigen::OuterStride<block_columns>>(block, product.rows,
+                                                                           product.outputs);
+      }
+    }
   }
-  for (Eigen::Index i = 0; i < x.rows(); ++i)
-    y.row(i).transpose().noalias() = weight * x.row(i).transpose();
-}
+
+ private:
+  static constexpr Eigen::Index block_rows = 48;     // that share weights in the caches
+  static constexpr Eigen::Index block_columns = 32;  // whose weights do
+
+  /// Points to the rows, or where they end between two vectors to copies that end in zeros.
+  static void set_rows(const Eigen::Ref<const Matrix>& x, Matrix& padded, const float** rows) {
+    const Eigen::Index rest = x.cols() % input_padding;
+    if (rest != 0) {
+      padded.setZero(x.rows(), x.cols() - rest + input_padding);
+      padded.leftCols(x.cols()) = x;
+    }
+    for (Eigen::Index i = 0; i < x.rows(); ++i)
+      rows[i] = rest == 0 ? x.row(i).data() : padded.row(i).data();
+  }
+
+  MultiplyFunction<float, float> multiply_;
+};
 
 /// y = x · weightᵀ + bias. A view of PredictorWeights.
 struct Linear {
   MatrixMap weight;
   RowMap bias;
+  Multiplier multiply;
 
   Matrix operator()(const Matrix& x) const {
     Matrix y(x.rows(), weight.rows());
@@ -58,14 +99,15 @@ struct Linear {
 
 /// max(x, 0); NaN stays NaN.
 inline Matrix relu(Matrix x) {
-  x = (x.array() < 0.0f).select(0.0f, x);
+  float* values = x.data();
+  for (Eigen::Index i = 0; i < x.size(); ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];
   return x;
 }
 
 /// Hands out views of a predictor's tensors, each checked against the shape that its kind asks for.
 class TensorReader {
  public:
-  explicit TensorReader(const PredictorWeights& weights) : weights_(weights) {}
+  TensorReader(const PredictorWeights& weights, Isa isa) : weights_(weights), multiplier_(isa) {}
 
   MatrixMap matrix(const std::string& name, std::int64_t rows, std::int64_t columns) {
     const PredictorTensor& tensor = find(name, {rows, columns});
@@ -75,8 +117,11 @@ class TensorReader {
     return {find(name, {size}).values.data(), size};
   }
   Linear linear(const std::string& name, std::int64_t out, std::int64_t in) {
-    return {matrix(name + ".weight", out, in), row(name + ".bias", out)};
+    return {matrix(name + ".weight", out, in), row(name + ".bias", out), multiplier_};
   }
+
+  /// For products with what was handed out.
+  const Multiplier& multiplier() const noexcept { return multiplier_; }
 
   /// @throws InvalidArgument naming a tensor that nobody asked for.
   void expect_all_read() const {
@@ -113,6 +158,7 @@ class TensorReader {
   }
 
   const PredictorWeights& weights_;
+  Multiplier multiplier_;
   std::set<std::string> read_;
 };
 

@@ -45,13 +45,14 @@ inline void sparsemax(std::span<float> row, std::vector<float>& scratch) {
 /// Adds to each row of `out` the sparsemax self-attention over `states` (both [length, H]):
 /// out_i += Σ_j sparsemax_j(states_i · states_j) states_j.
 template <class Out, class States>
-void add_sparse_attention(const States& states, Out&& out) {
+void add_sparse_attention(const Multiplier& multiply, const States& states, Out&& out) {
   constexpr Eigen::Index block = 128;  // bounds the scores that are kept, at any length
   std::vector<float> scratch;
   Matrix scores;
   for (Eigen::Index first = 0; first < states.rows(); first += block) {
     const Eigen::Index rows = std::min(block, states.rows() - first);
-    scores.noalias() = states.middleRows(first, rows) * states.transpose();
+    scores.resize(rows, states.rows());
+    multiply(states.middleRows(first, rows), states, scores);
     for (Eigen::Index i = 0; i < rows; ++i) {
       sparsemax({scores.row(i).data(), static_cast<std::size_t>(scores.cols())}, scratch);
       for (Eigen::Index j = 0; j < states.rows(); ++j)

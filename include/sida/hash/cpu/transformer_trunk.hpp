@@ -51,7 +51,7 @@ class TransformerBlock {
 
   void operator()(Matrix& x, const Sentences& sentences, const RotaryAngles& angles) const {
     Matrix qkv(x.rows(), qkv_.rows());
-    multiply(rms_norm(x, attention_norm_), qkv_, qkv);
+    up_.multiply(rms_norm(x, attention_norm_), qkv_, qkv);
     const Eigen::Index size = x.cols() / heads;
     Matrix mixed(x.rows(), x.cols());
     for (std::size_t s = 0; s < sentences.count(); ++s) {
@@ -63,11 +63,11 @@ class TransformerBlock {
         };
         rotate(part(0), angles);
         rotate(part(1), angles);
-        attend(part(0), part(1), part(2), out.middleCols(head * size, size));
+        attend(up_.multiply, part(0), part(1), part(2), out.middleCols(head * size, size));
       }
     }
     Matrix projected(x.rows(), x.cols());
-    multiply(mixed, output_, projected);
+    up_.multiply(mixed, output_, projected);
     x += projected;
     x += down_(relu(up_(rms_norm(x, feed_forward_norm_))));
   }
@@ -87,17 +87,21 @@ class TransformerBlock {
 
   /// out = softmax(query · keyᵀ / √size) · value, some queries at a time.
   template <class Queries, class Keys, class Values, class Out>
-  static void attend(const Queries& query, const Keys& key, const Values& value, Out&& out) {
+  static void attend(const Multiplier& multiply, const Queries& query, const Keys& key,
+                     const Values& value, Out&& out) {
     constexpr Eigen::Index block = 128;  // bounds the scores that are kept, at any length
     const float scale = 1.0f / std::sqrt(static_cast<float>(query.cols()));
+    const Matrix columns = value.transpose();
     Matrix scores;
     for (Eigen::Index first = 0; first < query.rows(); first += block) {
       const Eigen::Index rows = std::min(block, query.rows() - first);
-      scores.noalias() = scale * (query.middleRows(first, rows) * key.transpose());
+      scores.resize(rows, key.rows());
+      multiply(query.middleRows(first, rows), key, scores);
+      scores *= scale;
       scores.colwise() -= scores.rowwise().maxCoeff().eval();
       scores = scores.array().exp();
       const Eigen::ArrayXf sums = scores.rowwise().sum();
-      out.middleRows(first, rows).noalias() = scores * value;
+      multiply(scores, columns, out.middleRows(first, rows));
       out.middleRows(first, rows).array().colwise() /= sums;
     }
   }

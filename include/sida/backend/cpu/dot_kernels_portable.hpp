@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "sida/backend/cpu/dot_panel.hpp"
 #include "sida/core/half.hpp"
-#include "sida/ffn/cpu/dot_panel.hpp"
 
 // The path of every processor, on Eigen's fixed-size arrays, which it vectorises where it can; and
 // the only path of f64.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "sida/ffn/cpu/isa.hpp"
+#include "sida/backend/cpu/isa.hpp"
 
 #if SIDA_X86_KERNELS
 #include <immintrin.h>
@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "sida/backend/cpu/dot_panel.hpp"
 #include "sida/core/half.hpp"
-#include "sida/ffn/cpu/dot_panel.hpp"
 
 // Up to three input rows against four weight rows: 12 accumulators, 3 inputs and one weight
 // register.

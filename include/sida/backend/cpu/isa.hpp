@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -9,6 +10,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#include "sida/core/error.hpp"
 
 /// 1 where the x86-64 kernels are compiled; elsewhere only the portable path exists.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -84,6 +87,13 @@ inline Isa best_isa() noexcept {
 #else
   return Isa::portable;
 #endif
+}
+
+/// @throws InvalidArgument for an instruction set that this processor or system lacks.
+inline void expect_runs(Isa isa) {
+  SIDA_EXPECTS(isa <= best_isa(), "isa: expected one that this processor runs (up to " +
+                                      std::string(name_of(best_isa())) + "), got " +
+                                      std::string(name_of(isa)));
 }
 
 }  // namespace sida

@@ -78,8 +78,9 @@ struct Product {
   const Input* const* inputs = nullptr;  ///< [rows], padded with zeros as input_padding says
   const Input* packed = nullptr;         ///< what PackFunction made of them, where a kernel has one
   std::int64_t rows = 0;
-  const std::byte* weights = nullptr;  ///< row-major [outputs, depth], one row after the other
-  std::int64_t row_bytes = 0;          ///< of one weight row
+  const std::byte* weights = nullptr;  ///< row-major [outputs, depth]
+  std::int64_t row_bytes = 0;          ///< from one weight row to the next
+  std::int64_t element_bytes = 0;      ///< of one weight
   std::int64_t depth = 0;
   std::int64_t outputs = 0;  ///< at most out_stride less what rounding up to four adds
   Real* out = nullptr;       ///< [rows, out_stride]; columns past the last may be overwritten
@@ -94,7 +95,7 @@ void multiply_rows(const Product<Input, Real>& product) {
   constexpr std::int64_t step = panel_bytes / static_cast<std::int64_t>(sizeof(Input));
   constexpr int width = DotPanel<Input, Real>::outputs;
   const std::int64_t row_bytes = product.row_bytes, outputs = product.outputs;
-  const std::int64_t element = row_bytes / product.depth;
+  const std::int64_t element = product.element_bytes;
   DotPanel<Input, Real> panel;
   panel.inputs = product.inputs;
   panel.rows = product.rows;

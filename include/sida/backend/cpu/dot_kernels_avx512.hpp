@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "sida/ffn/cpu/isa.hpp"
+#include "sida/backend/cpu/isa.hpp"
 
 #if SIDA_X86_KERNELS
 #include <immintrin.h>
 
 #include <cstdint>
 
+#include "sida/backend/cpu/dot_panel.hpp"
 #include "sida/core/half.hpp"
-#include "sida/ffn/cpu/dot_panel.hpp"
 
 // Up to six input rows against four weight rows: 24 accumulators, 6 inputs and one weight register.
 // A step along the depth takes 10 loads and 24 multiply-adds, so it runs at the rate of the latter.
