@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What building hash tables costs: its share of a batch's time, and `map` with a predictor against
-`map` with the very tables that the predictor makes, so that both move the same experts.
+"""What building hash tables costs: a share of a batch's time, and what `map` loses by it.
 
-The trained model on its held-out sentences, and the encoder of Switch-base's shape.
+`map` with a predictor is compared with `map` on the very tables that the predictor makes, so that
+both move the same experts: the trained model on its held-out sentences, and the encoder of
+Switch-base's shape.
 """
 
 from __future__ import annotations

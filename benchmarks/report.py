@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the figures of docs/performance.md and README.md from benchmarks/results.
+
+What stands in those files between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the
+function of that name returns; the words around it are written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PLOTS = ROOT / "docs" / "performance"
+GIB, MIB = 1 << 30, 1 << 20
+
+Results = Mapping[str, Any]
+"""What each benchmark recorded, by its name."""
+
+WAYS = {
+    "resident": "sida, all experts resident",
+    "table": "sida, 20 %, recorded table",
+    "predictor": "sida, 20 %, trained predictor",
+    "none": "sida, 20 %, no prediction",
+    "accelerate": "accelerate, experts on disk",
+    "hugging_face": "Hugging Face, all resident",
+    "disk": "the disk alone, the same bytes",
+}
+
+
+def load_results() -> Results:
+    """Read everything that was recorded."""
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("*.json"))
+    }
+
+
+def gains(results: Results) -> str:
+    """In a few lines what a user gains and what it costs."""
+    lines = []
+    if "peak_memory" in results:
+        worst = max(results["peak_memory"]["runs"], key=lambda run: run["peak"])
+        lines.append(
+            f"**Memory.** A model with {worst['all_experts'] / GIB:.1f} GiB of experts is loaded "
+            f"and run in {worst['peak'] / MIB:.0f} MiB, of which "
+            f"{results['peak_memory']['budget_bytes'] / MIB:.0f} MiB are experts and "
+            f"{worst['other_weights'] / MIB:.0f} MiB the other weights."
+        )
+    if "encoder_resident" in results:
+        ratios = [
+            _ratio(times, "hugging_face", "sida")
+            for shapes in results["encoder_resident"]["seconds"].values()
+            for times in shapes.values()
+        ]
+        lines.append(
+            f"**Speed with all experts in memory.** {min(ratios):.1f} to {max(ratios):.1f} times "
+            "that of Hugging Face's own layers."
+        )
+    if "encoder_warm" in results and "encoder_cold" in results:
+        warm, cold = (results[name]["seconds"] for name in ("encoder_warm", "encoder_cold"))
+        lines.append(
+            "**Speed with a fifth of them.** "
+            f"{_ratio(warm, 'accelerate', 'none'):.1f} times accelerate's where the page cache "
+            f"holds the checkpoint, {_ratio(cold, 'accelerate', 'none'):.1f} times from the disk."
+        )
+        lines.append(
+            "**The price.** Against all experts in memory a batch takes "
+            f"{_ratio(warm, 'none', 'resident'):.1f} times as long where the page cache holds the "
+            f"checkpoint, and from the disk {_ratio(cold, 'table', 'resident'):.1f} times with "
+            f"perfect prediction, {_ratio(cold, 'none', 'resident'):.1f} times without: "
+            f"{cold['disk']['median'] / cold['table']['median']:.0%} of the former is the disk."
+        )
+    return "\n".join(f"- {line}" for line in lines) or _nothing()
+
+
+def machine(results: Results) -> str:
+    """What the figures were measured on."""
+    if not results:
+        return _nothing()
+    keys = ("sida", "torch", "transformers", "python", "kernel", "omp_wait_policy", "threads")
+    latest = max(results.values(), key=lambda result: result.get("date", ""))
+    rows = [
+        ("processor", f"{latest['cpu']['model']}, {', '.join(latest['cpu']['isa'])}"),
+        ("cores", latest["cores"]),
+        ("memory", f"{latest['memory_bytes'] / GIB:.0f} GiB" if "memory_bytes" in latest else "?"),
+        *((key.replace("_", " "), latest[key]) for key in keys if latest.get(key) is not None),
+    ]
+    if "encoder_cold" in results:
+        disk = results["encoder_cold"]["disk"]
+        rows.append(
+            (
+                "disk",
+                f"{disk['file_system']} on {disk['device']}; cold reads of whole experts by "
+                f"{disk['threads']} threads: {disk['bytes_per_second'] / 1e9:.2f} GB/s, at best "
+                f"{disk['bytes_per_second_best'] / 1e9:.2f}",
+            )
+        )
+    commits = sorted({str(result.get("commit")) for result in results.values()})
+    rows.append(("commits", ", ".join(commits)))
+    return table(("", ""), rows)
+
+
+def targets(results: Results) -> str:
+    """Every target, what was measured, and whether it is kept."""
+    rows = [
+        (kept["what"], number(kept["figure"]), _limit(kept), "yes" if kept["met"] else "**no**")
+        for result in results.values()
+        for kept in result.get("targets", [])
+    ]
+    return table(("what", "measured", "target", "kept"), rows) if rows else _nothing()
+
+
+def missed(results: Results) -> str:
+    """The targets that are not kept."""
+    rows = [
+        f"- {kept['what']}: {number(kept['figure'])}, target {_limit(kept)}"
+        for result in results.values()
+        for kept in result.get("targets", [])
+        if not kept["met"]
+    ]
+    return "\n".join(rows) if rows else "None."
+
+
+def expert_layer(results: Results) -> str:
+    """One layer: time, bound and Hugging Face."""
+    if "expert_layer" not in results:
+        return _nothing()
+    rows = [
+        (
+            row["dtype"],
+            row["tokens"],
+            f"{row['active_experts']:.0f}",
+            milliseconds(row["sida_seconds"]),
+            milliseconds(row["eager_seconds"]),
+            f"{1e3 * row['bound_seconds']:.2f}",
+            f"{row['share_of_bound']:.0%}",
+            f"{row['times_faster_than_eager']:.2f}",
+        )
+        for row in results["expert_layer"]["rows"]
+    ]
+    head = ("", "tokens", "active", "sida, ms", "eager, ms", "bound, ms", "of the bound", "× eager")
+    return table(head, rows)
+
+
+def encoder_resident(results: Results) -> str:
+    """The encoder with all experts, by dtype and batch."""
+    if "encoder_resident" not in results:
+        return _nothing()
+    rows = [
+        (
+            dtype,
+            shape,
+            milliseconds(times["sida"]),
+            milliseconds(times["hugging_face"]),
+            f"{_ratio(times, 'hugging_face', 'sida'):.2f}",
+        )
+        for dtype, shapes in results["encoder_resident"]["seconds"].items()
+        for shape, times in shapes.items()
+    ]
+    return table(("", "batch", "sida, ms", "Hugging Face, ms", "times as fast"), rows)
+
+
+def encoder_warm(results: Results) -> str:
+    """The encoder at 20 %, page cache warm."""
+    return _ways(results, "encoder_warm", ("resident", "none", "accelerate"))
+
+
+def encoder_cold(results: Results) -> str:
+    """The encoder at 20 %, page cache dropped."""
+    return _ways(results, "encoder_cold", ("resident", "disk", "table", "none", "accelerate"))
+
+
+def peak_memory(results: Results) -> str:
+    """What loading and running took."""
+    if "peak_memory" not in results:
+        return _nothing()
+    worst = max(results["peak_memory"]["runs"], key=lambda run: run["peak"])
+    rows = [
+        ("all experts, in the file", worst["all_experts"]),
+        ("budget of experts", results["peak_memory"]["budget_bytes"]),
+        ("other weights", worst["other_weights"]),
+        ("imports of Python, torch and transformers", worst["imports"]),
+        ("peak while loading, above the imports", worst["loading"]),
+        ("peak while running, above the imports", worst["peak"]),
+    ]
+    return table(("", "MiB"), [(name, f"{count / MIB:.0f}") for name, count in rows])
+
+
+def cache_lookup(results: Results) -> str:
+    """A lease taken and given back."""
+    if "cache_lookup" not in results:
+        return _nothing()
+    rows = [
+        (name.replace("_", " "), f"{1e9 * times['median']:.0f}", f"{1e9 * times['minimum']:.0f}")
+        for name, times in results["cache_lookup"]["seconds"].items()
+    ]
+    return table(("", "median, ns", "minimum, ns"), rows)
+
+
+def hash_building(results: Results) -> str:
+    """What hash tables cost."""
+    if "hash_building" not in results:
+        return _nothing()
+    rows = [
+        (
+            name,
+            milliseconds(model["seconds"]["predictor"]),
+            milliseconds(model["seconds"]["table"]),
+            milliseconds(model["building_seconds"]),
+        )
+        for name, model in results["hash_building"]["models"].items()
+    ]
+    head = ("", "batch with the predictor, ms", "with its tables, ms", "building a table, ms")
+    return table(head, rows)
+
+
+def stall(results: Results) -> str:
+    """Stall and time over a slow link."""
+    if "stall" not in results:
+        return _nothing()
+    found = results["stall"]
+    rows = [
+        (
+            WAYS[name],
+            milliseconds(found["stall_seconds"][name]),
+            milliseconds(found["seconds"][name]),
+            f"{found['bytes_moved'][name] / 1e6:.1f}",
+        )
+        for name in ("none", "table", "predictor")
+    ]
+    return (
+        table(("", "stall, ms", "batch, ms", "moved, MB"), rows)
+        + (
+            f"\n\nLink: {found['bytes_per_second'] / 1e9:.2f} GB/s; a batch of {found['batch']} with "
+            f"all experts resident takes {1e3 * found['resident_seconds']:.1f} ms."
+        )
+        + _plot("stall", "Stall of a batch")
+    )
+
+
+def bytes_moved(results: Results) -> str:
+    """Bytes moved against Belady, as its benchmark lists them."""
+    rows = results.get("bytes_moved", {}).get("rows")
+    if not rows:
+        return _nothing()
+    keys = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+    body = [
+        [number(row[key]) if isinstance(row[key], float) else row[key] for key in keys]
+        for row in rows
+    ]
+    return table([key.replace("_", " ") for key in keys], body)
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        gains,
+        machine,
+        targets,
+        missed,
+        expert_layer,
+        encoder_resident,
+        encoder_warm,
+        encoder_cold,
+        peak_memory,
+        cache_lookup,
+        hash_building,
+        stall,
+        bytes_moved,
+    )
+}
+
+
+def filled(text: str, results: Results) -> str:
+    """Return a page with its blocks as the results give them.
+
+    Raises:
+        ValueError: A block is unknown.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in BLOCKS:
+            raise ValueError(f"expected a block among {', '.join(BLOCKS)}; got {name}")
+        return f"<!-- {name} -->\n{BLOCKS[name](results)}\n<!-- /{name} -->"
+
+    pattern = r"<!-- ([a-z-]+) -->\n.*?<!-- /\1 -->"
+    return re.sub(pattern, fill, text, flags=re.DOTALL)
+
+
+def write_all() -> None:
+    """Write pages and plots."""
+    results = load_results()
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    _draw(results)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Return three digits that count."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def milliseconds(times: Mapping[str, float]) -> str:
+    """Return median and minimum."""
+    return f"{1e3 * times['median']:.2f} ({1e3 * times['minimum']:.2f})"
+
+
+def _ways(results: Results, name: str, ways: Sequence[str]) -> str:
+    if name not in results:
+        return _nothing()
+    found = results[name]
+    moved = found["bytes_moved"]
+    moved = moved if isinstance(moved, dict) else {"none": moved}
+    rows = [
+        (
+            WAYS[way],
+            milliseconds(found["seconds"][way]),
+            f"{moved[way] / 1e6:.0f}" if way in moved else "",
+        )
+        for way in ways
+    ]
+    return table(("", "batch, ms", "moved, MB"), rows) + _plot(name, "Time of a batch")
+
+
+def _plot(name: str, title: str) -> str:
+    return f"\n\n![{title}]({PLOTS.name}/{name}.svg)"
+
+
+def _ratio(times: Mapping[str, Any], slower: str, faster: str) -> float:
+    return float(times[slower]["median"] / times[faster]["median"])
+
+
+def _limit(kept: Mapping[str, Any]) -> str:
+    if "at_most" in kept:
+        return f"≤ {number(kept['at_most'])}"
+    return f"≥ {number(kept['at_least'])}"
+
+
+def _nothing() -> str:
+    return "Not recorded yet: `scripts/benchmark`."
+
+
+def _draw(results: Results) -> None:
+    PLOTS.mkdir(exist_ok=True)
+    for name, key in (("encoder_cold", "seconds"), ("encoder_warm", "seconds"), ("stall", "")):
+        if name not in results:
+            continue
+        found = results[name]
+        bars = found[key] if key else found["stall_seconds"]
+        _bars(
+            PLOTS / f"{name}.svg",
+            {WAYS[way]: times["median"] for way, times in bars.items()},
+            "stall of a batch, ms" if name == "stall" else "batch, ms",
+        )
+
+
+def _bars(path: Path, seconds: Mapping[str, float], label: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        figure, axes = pyplot.subplots(figsize=(6.4, 0.5 + 0.4 * len(seconds)))
+        bars = axes.barh(list(seconds), [1e3 * value for value in seconds.values()])
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    write_all()

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of docs/performance.md and README.md are what benchmarks/results say."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load(ROOT / "benchmarks" / "report.py")
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_page_is_what_the_results_generate(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert report.filled(text, report.load_results()) == text, "run scripts/benchmark --report"
+
+
+def test_every_block_stands_in_a_page() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
+    assert set(re.findall(r"<!-- ([a-z-]+) -->", pages)) == set(report.BLOCKS)
+
+
+def test_a_changed_figure_is_seen() -> None:
+    results = {
+        "cache_lookup": {"seconds": {"alone": {"median": 41e-9, "minimum": 40e-9}}, "targets": []}
+    }
+    page = "a\n<!-- cache-lookup -->\nold\n<!-- /cache-lookup -->\nb\n"
+    assert report.filled(page, results) == (
+        "a\n<!-- cache-lookup -->\n"
+        "|  | median, ns | minimum, ns |\n| --- | ---: | ---: |\n| alone | 41 | 40 |\n"
+        "<!-- /cache-lookup -->\nb\n"
+    )
+
+
+def test_a_missed_target_is_listed() -> None:
+    missed = {"what": "time / bound", "figure": 1.5, "at_most": 1.15, "met": False}
+    kept = {"what": "times as fast", "figure": 3.0, "at_least": 1.5, "met": True}
+    results = {"encoder_cold": {"targets": [missed, kept]}}
+    assert report.missed(results) == "- time / bound: 1.5, target ≤ 1.15"
+    assert "| times as fast | 3 | ≥ 1.5 | yes |" in report.targets(results)
+    assert "| time / bound | 1.5 | ≤ 1.15 | **no** |" in report.targets(results)
+
+
+def test_recordings_say_where_they_come_from() -> None:
+    for path in report.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("commit", "command", "cpu", "cores", "memory_bytes", "kernel", "torch"):
+            assert result.get(key), f"{path.name} does not say its {key}"
+
+
+def test_unknown_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a block among"):
+        report.filled("<!-- nonsense -->\n<!-- /nonsense -->", {})
