@@ -52,6 +52,7 @@ SIDA_TARGET_AVX2 void dot_tile(const DotPanel<float, float>& panel, std::int64_t
     for (int n = 0; n < 4; ++n) sums[r][n] = _mm256_setzero_ps();
   }
   const unsigned fetched = rows_to_prefetch(panel, row, 3);
+  const bool soon = panel.rows <= 3;
   const std::int64_t whole = panel.depth / lanes * lanes;
   for (std::int64_t k = 0; k < whole; k += lanes) {
     __m256 x[Rows];
@@ -60,7 +61,8 @@ SIDA_TARGET_AVX2 void dot_tile(const DotPanel<float, float>& panel, std::int64_t
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) {
       const auto* weights = reinterpret_cast<const Weight*>(panel.weights[n]) + k;
-      if (fetched >> n & 1u) prefetch(reinterpret_cast<const std::byte*>(weights) + panel.ahead);
+      if (fetched >> n & 1u)
+        prefetch(reinterpret_cast<const std::byte*>(weights) + panel.ahead, soon);
       const __m256 w = load_weights(weights);
 #pragma GCC unroll 3
       for (int r = 0; r < Rows; ++r) sums[r][n] = _mm256_fmadd_ps(x[r], w, sums[r][n]);

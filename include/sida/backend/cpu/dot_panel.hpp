@@ -61,8 +61,14 @@ unsigned rows_to_prefetch(const DotPanel<Input, Real>& panel, std::int64_t row, 
   return row == 0 ? 0b0011 : row <= most ? 0b1100 : 0;
 }
 
-/// Brings a line to the second-level cache: the first has no room for what is wanted later.
-inline void prefetch(const std::byte* line) noexcept { __builtin_prefetch(line, 0, 2); }
+/// Asks for a line: for the first-level cache if a single tile computes on it soon, for the second
+/// if several tiles of inputs fill the first.
+inline void prefetch(const std::byte* line, bool soon) noexcept {
+  if (soon)
+    __builtin_prefetch(line, 0, 3);
+  else
+    __builtin_prefetch(line, 0, 2);
+}
 
 /// Elements that input rows are padded to: the widest kernel's step.
 inline constexpr std::int64_t input_padding = 32;

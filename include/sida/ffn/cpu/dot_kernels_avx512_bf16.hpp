@@ -44,6 +44,7 @@ SIDA_TARGET_AVX512_BF16 void dot_tile(const DotPanel<BFloat16, float>& panel, st
     for (int n = 0; n < 4; ++n) sums[r][n] = _mm512_setzero_ps();
   }
   const unsigned fetched = rows_to_prefetch(panel, row, 6);
+  const bool soon = panel.rows <= 6;
   const std::int64_t whole = panel.depth / lanes * lanes;
   for (std::int64_t k = 0; k < whole; k += lanes) {
     __m512bh x[Rows];
@@ -52,7 +53,8 @@ SIDA_TARGET_AVX512_BF16 void dot_tile(const DotPanel<BFloat16, float>& panel, st
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) {
       const auto* weights = reinterpret_cast<const BFloat16*>(panel.weights[n]) + k;
-      if (fetched >> n & 1u) prefetch(reinterpret_cast<const std::byte*>(weights) + panel.ahead);
+      if (fetched >> n & 1u)
+        prefetch(reinterpret_cast<const std::byte*>(weights) + panel.ahead, soon);
       const __m512bh w = load(weights);
 #pragma GCC unroll 6
       for (int r = 0; r < Rows; ++r) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], x[r], w);
