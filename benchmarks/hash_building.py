@@ -26,7 +26,7 @@ from sida.cli.ways import read_trace
 
 MODEL = harness.ROOT / "models" / "wordnet-switch-32"
 MEMORY = 0.2
-MAPPED = 16
+MAPPED = 8
 """Batches of one `map`."""
 STEPS = 20
 """Of training for the random model's predictor: its cost counts, not its quality."""

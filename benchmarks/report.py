@@ -237,8 +237,8 @@ def stall(results: Results) -> str:
     return (
         table(("", "stall, ms", "batch, ms", "moved, MB"), rows)
         + (
-            f"\n\nLink: {found['bytes_per_second'] / 1e9:.2f} GB/s; a batch of {found['batch']} with "
-            f"all experts resident takes {1e3 * found['resident_seconds']:.1f} ms."
+            f"\n\nLink: {found['bytes_per_second'] / 1e9:.2f} GB/s; a batch of {found['batch']} "
+            f"with all experts resident takes {1e3 * found['resident_seconds']:.1f} ms."
         )
         + _plot("stall", "Stall of a batch")
     )
