@@ -9,6 +9,7 @@ Both sides have weights of their own, so that neither finds in a cache what the 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -36,7 +37,7 @@ def ceilings(dtype: torch.dtype, repetitions: int) -> dict[str, float]:
     rows, vector = memory.view(-1, 4096), torch.ones(4096)
     x = torch.randn(2048, HIDDEN).to(dtype)
     weight = torch.randn(INTERMEDIATE, HIDDEN).to(dtype)
-    readers = {
+    readers: dict[str, Callable[[], object]] = {
         "sum": memory.sum,
         "dot": lambda: memory.dot(memory),
         "matrix times vector": lambda: torch.mv(rows, vector),
@@ -83,7 +84,7 @@ class Routing:
         else:
             self.ids = torch.randint(self._experts, (self._tokens, 1))
         self.one_hot = torch.nn.functional.one_hot(self.ids, self._experts)
-        self.active.append(len(self.ids.unique()))
+        self.active.append(len(set(self.ids.flatten().tolist())))
 
 
 def measure(
@@ -99,10 +100,10 @@ def measure(
     weights = torch.rand(tokens, 1).to(dtype)
     routing = Routing(len(theirs), tokens)
 
-    def run_ours() -> torch.Tensor:
+    def run_ours() -> Any:
         return ours(hidden, routing.ids, weights)
 
-    def run_theirs() -> torch.Tensor:
+    def run_theirs() -> Any:
         return theirs(hidden, routing.one_hot, weights)
 
     routing.prepare(0)
