@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "sida/cache/array_store.hpp"
+#include "sida/ffn/expert_ffn_cpu.hpp"
+#include "sida/layer/offloaded_experts.hpp"
+#include "support/backends.hpp"
+#include "support/ffn_call.hpp"
+#include "support/reference_ffn.hpp"
+
+namespace sida::test {
+
+inline constexpr std::int64_t tokens = 13;
+
+inline MoeConfig small_config(DataType dtype = DataType::f32) {
+  MoeConfig config;
+  config.layers = 3;
+  config.experts = 6;
+  config.hidden_size = 40;
+  config.intermediate_size = 24;
+  config.top_k = 2;
+  config.activation = Activation::gelu;
+  config.gated = config.up_bias = config.down_bias = true;
+  config.dtype = dtype;
+  return config;
+}
+
+/// A model of three layers with random weights, and one batch's input for each layer.
+struct Model {
+  explicit Model(const MoeConfig& model_config = small_config()) : config(model_config) {
+    const SlabLayout layout(config);
+    std::vector<std::vector<ArrayPart>> parts;
+    for (std::int32_t layer = 0; layer < config.layers; ++layer) {
+      slabs.push_back(random_slabs(config, static_cast<std::uint32_t>(layer) + 1));
+      inputs.push_back(random_input(config, tokens, static_cast<std::uint32_t>(layer) + 50));
+      for (const auto& slab : slabs.back())
+        parts.push_back(
+            {{layout.up_offset, slab.data() + layout.up_offset, layout.up_bytes},
+             {layout.down_offset, slab.data() + layout.down_offset, layout.down_bytes},
+             {layout.up_bias_offset, slab.data() + layout.up_bias_offset, layout.up_bias_bytes},
+             {layout.down_bias_offset, slab.data() + layout.down_bias_offset,
+              layout.down_bias_bytes}});
+    }
+    store = std::make_shared<ArrayStore>(config.layers, config.experts, layout.slab_bytes, parts);
+  }
+
+  MoeConfig config;
+  std::vector<std::vector<std::vector<std::byte>>> slabs;
+  std::vector<LayerInput> inputs;
+  std::shared_ptr<ExpertStore> store;
+};
+
+template <class B, class P>
+struct Layers {
+  Layers(const Model& m, const Budget& budget, std::shared_ptr<ExpertStore> store = nullptr,
+         const SchedulerOptions& options = {})
+      : model(m),
+        cache(backend, store ? store : m.store, budget),
+        scheduler(std::make_shared<OffloadScheduler<B, P>>(backend, cache, options)) {
+    auto ffn = std::make_shared<ExpertFfn<B>>(m.config, 2);
+    for (std::int32_t layer = 0; layer < m.config.layers; ++layer)
+      layers.emplace_back(m.config, layer, scheduler, ffn);
+  }
+
+  Tensor forward(std::size_t layer) {
+    const LayerInput& input = model.inputs[layer];
+    Tensor out(input.hidden.shape, model.config.dtype);
+    layers[layer].forward(input.hidden.view(), input.ids.view(), input.weights.view(),
+                          out.mutable_view());
+    return out;
+  }
+  Tensor forward_predicted(std::size_t layer) {
+    Tensor out(model.inputs[layer].hidden.shape, model.config.dtype);
+    layers[layer].forward_predicted(model.inputs[layer].hidden.view(), out.mutable_view());
+    return out;
+  }
+  /// One pass through all layers; the bytes of every output.
+  std::vector<std::byte> pass(std::optional<HashTable> table = {},
+                              std::span<const std::uint8_t> mask = {}) {
+    scheduler->begin_pass(std::move(table), 0, mask);
+    return rest_of_pass();
+  }
+  /// All layers of the pass that was begun, and its end.
+  std::vector<std::byte> rest_of_pass() {
+    std::vector<std::byte> bytes;
+    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+      const Tensor out = forward(layer);
+      bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
+    }
+    scheduler->end_pass();
+    return bytes;
+  }
+
+  const Model& model;
+  B backend;
+  ExpertCache<B, P> cache;
+  std::shared_ptr<OffloadScheduler<B, P>> scheduler;
+  std::vector<OffloadedExperts<B, P>> layers;
+};
+
+using Default = Layers<CpuBackend, LookAheadPolicy>;
+
+}  // namespace sida::test
