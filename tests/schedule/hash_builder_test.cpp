@@ -130,3 +130,34 @@ TEST_CASE("stop() ends a wait for the next batch", "[builder]") {
   opener.join();
   CHECK_FALSE(got_a_table);
 }
+
+TEST_CASE("A source that does not return is left behind when patience ends", "[builder]") {
+  const auto gate = std::make_shared<Gate>();
+  const auto left = std::make_shared<std::atomic<bool>>(false);
+  {
+    SchedulerOptions options;
+    options.source_patience = std::chrono::milliseconds(20);
+    Engine1 engine(store(), Budget::experts(1), options);
+    engine.scheduler.start(
+        [gate, left, built = 0]() mutable -> std::optional<HashTable> {
+          if (built++ == 0) return numbered(7);
+          gate->pass();
+          *left = true;
+          return numbered(8);
+        },
+        2);
+    gate->wait_for_arrival();
+    CHECK(engine.scheduler.wait_for_batch(std::chrono::seconds(60)));
+    REQUIRE(engine.scheduler.next_batch());
+    CHECK_FALSE(engine.scheduler.wait_for_batch(std::chrono::milliseconds(1)));
+    engine.scheduler.stop();  // comes back
+    CHECK(engine.call(0, {0, 1}) == once({0, 1}, 2));
+    engine.scheduler.start([] { return numbered(9); }, 2);
+    REQUIRE(engine.scheduler.next_batch());
+    CHECK(engine.scheduler.key() == 9);
+    engine.scheduler.close();
+  }
+  CHECK_FALSE(*left);
+  gate->open();  // the thread comes out with a table for a scheduler that is gone
+  CHECK(eventually([&] { return *left && left.use_count() == 1; }));
+}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
@@ -47,6 +48,12 @@ class BoundedQueue {
     values_.pop_front();
     changed_.notify_all();
     return value;
+  }
+
+  /// Waits until pop() need not wait, `longest` at most. False if it still would.
+  bool wait_for_value(std::chrono::milliseconds longest) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, longest, [&] { return closed_ || !values_.empty(); });
   }
 
   /// No more values come. What waits can still be taken.

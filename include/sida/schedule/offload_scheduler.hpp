@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -31,6 +32,9 @@ struct SchedulerOptions {
   double threshold = 0.3;                  ///< experts wanted less surely are not brought early
   std::size_t trace_events = 1u << 16;     ///< kept at most
   std::size_t recorded_bytes = 64u << 20;  ///< of routing kept at most
+  /// Seconds for which stop() and close() wait for a source of tables that is at work. After that
+  /// its thread is left behind, see HashBuilder: what the source refers to must outlive the source.
+  HashBuilder::Seconds source_patience = HashBuilder::for_ever;
 };
 
 /// Where prediction meets residency: hash tables, built some batches ahead on a thread of its own,
@@ -79,7 +83,18 @@ class OffloadScheduler {
     if (builder_) throw StateError("start: tables are being built already; call stop() first");
     builder_ = std::make_shared<HashBuilder>(
         std::move(source), [this](const HashTable& table) { return announce(table); }, ahead,
-        trace_);
+        trace_, options_.source_patience);
+  }
+
+  /// Waits until next_batch() need not wait for a table, `longest` at most. False if it still
+  /// would.
+  bool wait_for_batch(std::chrono::milliseconds longest) {
+    std::shared_ptr<HashBuilder> builder;
+    {
+      const std::lock_guard lock(builder_mutex_);
+      builder = builder_;
+    }
+    return !builder || builder->wait_for_next(longest);
   }
 
   /// Begins the pass of the oldest table that was built ahead; waits for it. False at the end, or
@@ -106,7 +121,8 @@ class OffloadScheduler {
     return true;
   }
 
-  /// Ends the hash-building thread, waiting for a source that is at work, and forgets its tables;
+  /// Ends the hash-building thread, waiting for a source that is at work as long as
+  /// `source_patience` says, and forgets its tables;
   /// the pass at hand keeps its own. Not to be called by the source.
   void stop() {
     std::shared_ptr<HashBuilder> builder;
@@ -197,9 +213,9 @@ class OffloadScheduler {
     cache_.resize(budget);
   }
 
-  /// Ends all threads; waits for a source of tables that is at work. A layer call under way, and
-  /// every call that follows, throws StateError. Idempotent; from any thread but the hash-building
-  /// one.
+  /// Ends all threads; waits for a source of tables that is at work as stop() does. A layer call
+  /// under way, and every call that follows, throws StateError. Idempotent; from any thread but the
+  /// hash-building one.
   void close() {
     {
       const std::lock_guard lock(cache_.mutex());
