@@ -34,8 +34,7 @@ py::dict replay_of(const HashTable& routing, const HashTable* foretold, std::int
   options.latency_seconds = latency_seconds;
   options.layer_seconds = layer_seconds;
   options.expert_seconds = expert_seconds;
-  options.scheduler.transfers = {transfer_threads, chunk_bytes, uses_ahead};
-  options.scheduler.threshold = threshold;
+  options.transfers = {transfer_threads, chunk_bytes, uses_ahead, threshold};
   ReplayResult result;
   std::int64_t fewest = 0;
   {
@@ -54,15 +53,14 @@ py::dict replay_of(const HashTable& routing, const HashTable* foretold, std::int
 }  // namespace
 
 void bind_replay(py::module_& module) {
-  const SchedulerOptions defaults;
+  const TransferOptions defaults;
   module.def(
       "replay", &replay_of, py::arg("routing"), py::arg("foretold") = py::none(), py::kw_only(),
       py::arg("experts"), py::arg("expert_bytes"), py::arg("memory"), py::arg("policy") = "auto",
       py::arg("ahead") = 16, py::arg("bytes_per_second") = py::none(),
       py::arg("latency_seconds") = 0.0, py::arg("layer_seconds") = 0.0,
-      py::arg("expert_seconds") = 0.0, py::arg("transfer_threads") = defaults.transfers.threads,
-      py::arg("chunk_bytes") = defaults.transfers.chunk_bytes,
-      py::arg("uses_ahead") = defaults.transfers.uses_ahead,
+      py::arg("expert_seconds") = 0.0, py::arg("transfer_threads") = defaults.threads,
+      py::arg("chunk_bytes") = defaults.chunk_bytes, py::arg("uses_ahead") = defaults.uses_ahead,
       py::arg("threshold") = defaults.threshold,
       "What a run would do: recorded routing through the scheduler's decisions in imagined "
       "time.\n\n"

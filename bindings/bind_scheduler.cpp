@@ -27,6 +27,9 @@
 namespace sida::bindings {
 namespace {
 
+// For a source that is at work. It is Python's, which keeps alive what it refers to.
+constexpr std::chrono::seconds patience{5};
+
 // At interpreter exit threads that wait for the GIL would never get it: all schedulers are closed
 // before. A source that does not return is waited for a little only: exit does not hang.
 class LiveSchedulers {
@@ -57,7 +60,6 @@ class LiveSchedulers {
   }
 
  private:
-  static constexpr std::chrono::seconds patience{5};
   std::mutex mutex_;
   std::vector<std::weak_ptr<AnyScheduler>> schedulers_;
 };
@@ -91,12 +93,24 @@ HashBuilder::Source source_of(py::function function) {
   };
 }
 
+// Waits for the next batch such that Ctrl-C ends the wait.
+bool next_batch(AnyScheduler& scheduler) {
+  constexpr std::chrono::milliseconds between_signals{50};
+  for (;;) {
+    {
+      const Unlocked unlocked;
+      if (scheduler.wait_for_batch(between_signals)) return scheduler.next_batch();
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
 std::shared_ptr<AnyScheduler> make_scheduler(AnyCache& cache, int transfer_threads,
                                              std::size_t chunk_bytes, std::int64_t uses_ahead,
                                              double threshold) {
   SchedulerOptions options;
-  options.transfers = {transfer_threads, chunk_bytes, uses_ahead};
-  options.threshold = threshold;
+  options.transfers = {transfer_threads, chunk_bytes, uses_ahead, threshold};
+  options.source_patience = patience;
   auto scheduler = cache.make_scheduler(options);
   live().add(scheduler);
   return scheduler;
@@ -114,7 +128,7 @@ void bind_scheduler(py::module_& module) {
            py::arg("transfer_threads") = defaults.transfers.threads,
            py::arg("chunk_bytes") = defaults.transfers.chunk_bytes,
            py::arg("uses_ahead") = defaults.transfers.uses_ahead,
-           py::arg("threshold") = defaults.threshold,
+           py::arg("threshold") = defaults.transfers.threshold,
            "transfer_threads: loads under way at once; chunk_bytes: what a demand waits for at "
            "most, "
            "a thread; uses_ahead: how far prefetch reaches where slots are short; threshold: "
@@ -131,11 +145,13 @@ void bind_scheduler(py::module_& module) {
           "Starts the hash-building thread: it calls source() for one HashTable after the other, "
           "None at the end.\n\n"
           "At most `ahead` tables wait. What source() raises comes from next_batch().")
-      .def("next_batch", &AnyScheduler::next_batch, py::call_guard<Unlocked>(),
+      .def("next_batch", &next_batch,
            "Begins the pass of the oldest table that was built ahead, waiting for it; False at the "
            "end.")
       .def("stop", &AnyScheduler::stop, py::call_guard<Unlocked>(),
-           "Ends the hash-building thread and forgets its tables.")
+           "Ends the hash-building thread and forgets its tables.\n\n"
+           "A source that is at work is waited for, 5 seconds at most; then its thread is left "
+           "behind, to end when the source returns.")
       .def(
           "begin_pass",
           [](AnyScheduler& self, std::optional<HashTable> table, std::uint64_t key,
@@ -202,7 +218,7 @@ void bind_scheduler(py::module_& module) {
           },
           py::arg("memory"), "Replaces the cache's arena, between two layer calls.")
       .def("close", &AnyScheduler::close, py::call_guard<Unlocked>(),
-           "Ends all threads. Idempotent.");
+           "Ends all threads, the hash-building one as stop() does. Idempotent.");
   module.def(
       "_close_all", [] { live().close(); }, py::call_guard<Unlocked>());
   py::module_::import("atexit").attr("register")(module.attr("_close_all"));

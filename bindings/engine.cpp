@@ -52,6 +52,9 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
   void start(HashBuilder::Source source, std::size_t ahead) override {
     scheduler_->start(std::move(source), ahead);
   }
+  bool wait_for_batch(std::chrono::milliseconds longest) override {
+    return scheduler_->wait_for_batch(longest);
+  }
   bool next_batch() override { return scheduler_->next_batch(); }
   void stop() override { scheduler_->stop(); }
   void begin_pass(std::optional<HashTable> table, std::uint64_t key,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -47,6 +48,7 @@ class AnyScheduler {
   virtual ~AnyScheduler() = default;
   virtual const MoeConfig& config() const = 0;
   virtual void start(HashBuilder::Source source, std::size_t ahead) = 0;
+  virtual bool wait_for_batch(std::chrono::milliseconds longest) = 0;
   virtual bool next_batch() = 0;
   virtual void stop() = 0;
   virtual void begin_pass(std::optional<HashTable> table, std::uint64_t key,

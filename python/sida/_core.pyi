@@ -199,7 +199,7 @@ class OffloadScheduler:
         transfer_threads: int = 2,
         chunk_bytes: int = 4194304,
         uses_ahead: int = 4,
-        threshold: float = 0.3,
+        threshold: float = 0.4,
     ) -> None: ...
     def start(self, source: Callable[[], HashTable | None], *, ahead: int = 16) -> None: ...
     def next_batch(self) -> bool: ...
@@ -256,5 +256,5 @@ def replay(
     transfer_threads: int = 2,
     chunk_bytes: int = 4194304,
     uses_ahead: int = 4,
-    threshold: float = 0.3,
+    threshold: float = 0.4,
 ) -> dict[str, Any]: ...

@@ -72,3 +72,18 @@ TEST_CASE("Tables can be forgotten without what is nearer, or what was learnt", 
   CHECK(forecast.expected_use_after({0, 0}, 1) >= 2);
   CHECK(forecast.expected_use({0, 1}) >= 2);
 }
+
+TEST_CASE("A use that is not sure is expected between its step and what comes after",
+          "[forecast]") {
+  UseForecast forecast(1, 3);
+  forecast.advance(1);
+  forecast.add({0, 0}, 2, 0.5);
+  forecast.add({0, 0}, 10);
+  // distances from step 0: 2 with probability 1/2, else 10
+  CHECK(forecast.expected_use({0, 0}) == Approx(1 / (0.5 / 2 + 0.5 / 10)));
+  CHECK(forecast.expected_use_after({0, 0}, 2) == 10);
+  forecast.add({0, 1}, 2, 0.9);
+  forecast.add({0, 2}, 3);
+  CHECK(forecast.expected_use({0, 1}) < forecast.expected_use({0, 2}));
+  CHECK(forecast.expected_use({0, 2}) < forecast.expected_use({0, 0}));
+}

@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "sida/core/error.hpp"
@@ -22,6 +30,21 @@ SchedulerOptions small_chunks(int threads) {
   options.transfers.chunk_bytes = slab_bytes / 2;
   return options;
 }
+
+/// A PatternStore with faults that see the bytes which a read is to fill.
+class FaultyStore : public PatternStore {
+ public:
+  using Strike = std::function<void(std::span<std::byte>)>;
+  FaultyStore(std::int32_t layers, std::int32_t experts, std::size_t bytes, Strike strike)
+      : PatternStore(layers, experts, bytes), strike_(std::move(strike)) {}
+  void read(ExpertId id, std::size_t offset, std::span<std::byte> destination) override {
+    strike_(destination);
+    PatternStore::read(id, offset, destination);
+  }
+
+ private:
+  Strike strike_;
+};
 
 }  // namespace
 
@@ -57,6 +80,59 @@ TEMPLATE_LIST_TEST_CASE("Whichever read fails, a call that needs it says so and 
     if (!foretold && failing < 12) CHECK(errors == 1);  // each of 6 experts is read in 2 chunks
     CHECK(engine.cache.resident().size() <= static_cast<std::size_t>(slots));
   }
+}
+
+TEMPLATE_LIST_TEST_CASE("Whatever goes wrong at whichever read, with tables built ahead",
+                        "[scheduler][failures]", Engines) {
+  enum class Fault { error, short_read, delay };
+  const auto fault = GENERATE(Fault::error, Fault::short_read, Fault::delay);
+  const PassNeeds needs = {{0, 1, 2, 3}, {1, 3}};
+  constexpr int passes = 3;
+  int failing = 0, reads_in_all = 1;
+  for (; failing < reads_in_all; ++failing) {  // until a run has fewer reads than that
+    std::atomic<int> reads = 0;
+    const auto strike = [&](std::span<std::byte> destination) {
+      if (reads++ != failing) return;
+      if (fault == Fault::delay) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        return;
+      }
+      const auto read = fault == Fault::error ? 0 : destination.size() / 2;
+      std::fill_n(destination.begin(), read, std::byte{0xA5});  // what must never be computed with
+      throw IoError("read " + std::to_string(failing) + " failed");
+    };
+    const auto store = std::make_shared<FaultyStore>(2, 4, slab_bytes, strike);
+    Scheduled<typename TestType::backend, typename TestType::policy> engine(
+        store, Budget::experts(3), small_chunks(2));
+    engine.scheduler.start(
+        [&, built = 0]() mutable {
+          return built++ < passes ? std::optional(table_of(needs)) : std::nullopt;
+        },
+        2);
+    int errors = 0;
+    for (int pass = 0; pass < passes; ++pass) {
+      REQUIRE(engine.scheduler.next_batch());
+      for (std::int32_t layer = 0; layer < 2; ++layer) {
+        const auto& experts = needs[static_cast<std::size_t>(layer)];
+        try {
+          const auto seen = engine.call(layer, experts);  // CHECK would catch what it throws
+          CHECK(seen == once(experts, 4));
+        } catch (const IoError& error) {
+          CHECK(error.what() == "read " + std::to_string(failing) + " failed");
+          ++errors;
+          CHECK(engine.call(layer, experts) == once(experts, 4));
+        }
+      }
+      engine.scheduler.end_pass();
+    }
+    CHECK_FALSE(engine.scheduler.next_batch());
+    engine.scheduler.close();
+    const auto stats = engine.scheduler.stats();
+    const bool struck = reads > failing && fault != Fault::delay;
+    CHECK(errors + stats.failed_prefetches <= struck);
+    reads_in_all = std::max(reads_in_all, reads.load());
+  }
+  CHECK(failing > 12);  // each of 6 experts is read in 2 chunks, at least
 }
 
 TEST_CASE("A prefetch that fails is forgotten; the layer brings its expert itself",

@@ -78,7 +78,8 @@ CacheStats really(const std::vector<PassNeeds>& passes, const ReplayOptions& opt
       std::make_shared<ThrottledStore>(std::make_shared<PatternStore>(layers, experts, slab_bytes),
                                        options.bytes_per_second, options.latency_seconds);
   ExpertCache<CpuBackend, Policy> cache(backend, store, options.memory);
-  OffloadScheduler<CpuBackend, Policy> scheduler(backend, cache, options.scheduler);
+  OffloadScheduler<CpuBackend, Policy> scheduler(backend, cache,
+                                                 SchedulerOptions{.transfers = options.transfers});
   std::size_t built = 0;
   if (options.ahead > 0) {
     scheduler.start(

@@ -24,34 +24,49 @@ class UseForecast {
   UseForecast(std::int32_t layers, std::int32_t experts)
       : layers_(layers),
         experts_(experts),
-        steps_(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts)),
-        counts_(steps_.size(), 0.0),
+        uses_(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts)),
+        counts_(uses_.size(), 0.0),
         horizons_(static_cast<std::size_t>(layers), -1) {}
 
   /// The step of the layer at hand, or of the one that comes next.
   Step now() const noexcept { return now_; }
 
-  /// The next step at which the expert is known to be used, `now()` included.
-  std::optional<Step> next_use(ExpertId id) const noexcept { return known_after(id, now_ - 1); }
+  /// The next step at which a use of the expert is foretold with this probability or more, `now()`
+  /// included.
+  std::optional<Step> next_use(ExpertId id, double probability = 0) const noexcept {
+    for (const Use& use : uses_[index(id)])
+      if (use.step >= now_ && use.probability >= probability) return use.step;
+    return std::nullopt;
+  }
 
-  /// The step of the expert's next use: known, or else estimated from how often passes used it, and
-  /// then beyond everything that is known of its layer. Comparable between experts.
+  /// The step by which the expert's next use is to be expected. Comparable between experts.
+  ///
+  /// A sure use is expected at its step. Before uses that are not sure, and without any, the
+  /// harmonic mean of the distances counts, each with the probability that the use there is the
+  /// next: a use that may well be near makes the expert worth keeping, however far the other is.
   double expected_use(ExpertId id) const noexcept { return expected_use_after(id, now_ - 1); }
 
   /// The same for the first use after `step`.
   double expected_use_after(ExpertId id, Step step) const noexcept {
-    if (const auto known = known_after(id, step)) return static_cast<double>(*known);
-    // The walk has to come to the layer again, and then 1 / frequency times until it is this one.
-    const Step after = std::max({step, begun_, horizons_[static_cast<std::size_t>(id.layer)]});
-    const Step again = after + 1 + ((id.layer - after - 1) % layers_ + layers_) % layers_;
-    const double passes = (passes_ + 1) / (counts_[index(id)] + 0.5);
-    return static_cast<double>(again) + layers_ * std::max(passes - 1, 0.0);
+    const auto before = static_cast<double>(now_ - 1);
+    double none_yet = 1, nearness = 0;
+    for (const Use& use : uses_[index(id)]) {
+      if (use.step <= step) continue;
+      if (none_yet == 1 && use.probability >= 1) return static_cast<double>(use.step);
+      nearness += none_yet * use.probability / (static_cast<double>(use.step) - before);
+      none_yet *= 1 - use.probability;
+      if (none_yet < 1e-3) break;
+    }
+    const double unknown = unknown_use_after(id, step);
+    if (none_yet == 1) return unknown;
+    return before + 1 / (nearness + none_yet / (unknown - before));
   }
 
-  /// Foretells a use.
-  void add(ExpertId id, Step step) {
-    std::vector<Step>& steps = steps_[index(id)];
-    steps.insert(std::upper_bound(steps.begin(), steps.end(), step), step);
+  /// Foretells a use, with the probability that it takes place.
+  void add(ExpertId id, Step step, double probability = 1) {
+    std::vector<Use>& uses = uses_[index(id)];
+    const auto later = [](Step value, const Use& use) { return value < use.step; };
+    uses.insert(std::upper_bound(uses.begin(), uses.end(), step, later), {step, probability});
     Step& horizon = horizons_[static_cast<std::size_t>(id.layer)];
     horizon = std::max(horizon, step);
   }
@@ -72,16 +87,16 @@ class UseForecast {
     drop_before(layer, step + 1);
     now_ = begun_ = step;
     for (const std::int32_t expert : needed) {
-      std::vector<Step>& steps = steps_[index({layer, expert})];
-      steps.insert(steps.begin(), step);
+      std::vector<Use>& uses = uses_[index({layer, expert})];
+      uses.insert(uses.begin(), {step, 1});
       counts_[index({layer, expert})] += 1;
     }
   }
 
   /// The expert's rows of the layer at hand are done.
   void done(ExpertId id) noexcept {
-    std::vector<Step>& steps = steps_[index(id)];
-    if (!steps.empty() && steps.front() == now_) steps.erase(steps.begin());
+    std::vector<Use>& uses = uses_[index(id)];
+    if (!uses.empty() && uses.front().step == now_) uses.erase(uses.begin());
   }
 
   /// Moves to a step: what was foretold for steps before is over.
@@ -93,31 +108,41 @@ class UseForecast {
 
   /// Forgets what was foretold for `step` and later; what was counted stays.
   void forget_from(Step step) {
-    for (std::vector<Step>& steps : steps_)
-      steps.erase(std::lower_bound(steps.begin(), steps.end(), step), steps.end());
+    for (std::vector<Use>& uses : uses_) uses.erase(first_from(uses, step), uses.end());
     for (Step& horizon : horizons_) horizon = std::min(horizon, step - 1);
   }
 
  private:
+  struct Use {
+    Step step;
+    double probability;
+  };
+
   std::size_t index(ExpertId id) const noexcept {
     return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts_) +
            static_cast<std::size_t>(id.expert);
   }
-  std::optional<Step> known_after(ExpertId id, Step step) const noexcept {
-    for (const Step use : steps_[index(id)])
-      if (use > step) return use;
-    return std::nullopt;
+  // Beyond everything that is known of its layer: the walk has to come to the layer again, and then
+  // 1 / frequency times until it is this one.
+  double unknown_use_after(ExpertId id, Step step) const noexcept {
+    const Step after = std::max({step, begun_, horizons_[static_cast<std::size_t>(id.layer)]});
+    const Step again = after + 1 + ((id.layer - after - 1) % layers_ + layers_) % layers_;
+    const double passes = (passes_ + 1) / (counts_[index(id)] + 0.5);
+    return static_cast<double>(again) + layers_ * std::max(passes - 1, 0.0);
+  }
+  static std::vector<Use>::iterator first_from(std::vector<Use>& uses, Step step) noexcept {
+    return std::find_if(uses.begin(), uses.end(), [&](const Use& use) { return use.step >= step; });
   }
   void drop_before(std::int32_t layer, Step step) {
     for (std::int32_t expert = 0; expert < experts_; ++expert) {
-      std::vector<Step>& steps = steps_[index({layer, expert})];
-      steps.erase(steps.begin(), std::lower_bound(steps.begin(), steps.end(), step));
+      std::vector<Use>& uses = uses_[index({layer, expert})];
+      uses.erase(uses.begin(), first_from(uses, step));
     }
   }
 
   std::int32_t layers_, experts_;
-  std::vector<std::vector<Step>> steps_;  // known uses of each expert, ascending
-  std::vector<double> counts_;            // uses of each expert
+  std::vector<std::vector<Use>> uses_;  // foretold uses of each expert, ascending
+  std::vector<double> counts_;          // uses of each expert
   double passes_ = 0;
   std::vector<Step> horizons_;  // the last step at which something is known of each layer
   Step now_ = 0;

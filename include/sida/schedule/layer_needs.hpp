@@ -42,7 +42,7 @@ class LayerNeeds {
     std::vector<bool> foretold;
     for (const std::int32_t expert : experts) {
       cache_.residency_locked({layer_, expert});  // throws
-      foretold.push_back(cache_.forecast().next_use({layer_, expert}) == step);
+      foretold.push_back(queue_.prefetches().asked_for({layer_, expert}, step));
     }
     SIDA_EXPECTS(counted.empty() || counted.size() == experts.size(),
                  "demand: expected a flag for each of the " + std::to_string(experts.size()) +

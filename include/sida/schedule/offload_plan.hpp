@@ -23,10 +23,10 @@ using OffloadPlan = std::vector<PlannedUse>;
 
 /// The uses that a table of one batch foretells, by layer and falling probability. What a batch
 /// needs is the union over its tokens: an expert is wanted with probability 1 − Π(1 − p), and left
-/// out below `threshold`. `first_step` is the step of layer 0. Ids outside [0, experts) are left
+/// out below `least`. `first_step` is the step of layer 0. Ids outside [0, experts) are left
 /// out.
 inline OffloadPlan plan_uses(const HashTable& table, std::int32_t experts, std::int64_t first_step,
-                             double threshold) {
+                             double least) {
   OffloadPlan plan;
   std::vector<double> unneeded(static_cast<std::size_t>(experts));
   for (std::int32_t layer = 0; layer < table.layers; ++layer) {
@@ -40,7 +40,7 @@ inline OffloadPlan plan_uses(const HashTable& table, std::int32_t experts, std::
     const auto begin = plan.size();
     for (std::int32_t expert = 0; expert < experts; ++expert) {
       const double wanted = 1.0 - unneeded[static_cast<std::size_t>(expert)];
-      if (wanted > 0 && wanted >= threshold)
+      if (wanted > 0 && wanted >= least)
         plan.push_back({first_step + layer, {layer, expert}, static_cast<float>(wanted)});
     }
     std::stable_sort(

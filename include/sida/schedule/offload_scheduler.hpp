@@ -29,7 +29,6 @@ namespace sida {
 /// How an OffloadScheduler works.
 struct SchedulerOptions {
   TransferOptions transfers;
-  double threshold = 0.3;                  ///< experts wanted less surely are not brought early
   std::size_t trace_events = 1u << 16;     ///< kept at most
   std::size_t recorded_bytes = 64u << 20;  ///< of routing kept at most
   /// Seconds for which stop() and close() wait for a source of tables that is at work. After that
@@ -241,7 +240,7 @@ class OffloadScheduler {
                      " layers, got " + std::to_string(table.batches()) + " batches and " +
                      std::to_string(table.layers) + " layers");
     table.validate(experts());
-    return plan_uses(table, experts(), 0, options_.threshold);
+    return steps_.plan_of(table);
   }
   std::int64_t announce(const HashTable& table) {
     OffloadPlan plan = plan_of(table);

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "sida/cache/use_forecast.hpp"
+#include "sida/hash/hash_table.hpp"
 #include "sida/schedule/offload_plan.hpp"
 #include "sida/schedule/prefetch_queue.hpp"
 
@@ -19,6 +23,13 @@ class PassSteps {
  public:
   PassSteps(Cache& cache, PrefetchQueue<Cache>& prefetches)
       : cache_(cache), prefetches_(prefetches), layers_(cache.store().layers()) {}
+
+  /// What the tables of a pass foretell, with steps from 0. Uses that are not probable enough to
+  /// bring an expert early may be to keep one that is there.
+  OffloadPlan plan_of(const HashTable& table) const {
+    constexpr double least = 0.05;  // less says nothing, and costs time at every eviction
+    return plan_uses(table, cache_.store().experts(), 0, std::min(least, prefetches_.threshold()));
+  }
 
   /// First step of the pass at hand.
   std::int64_t first() const noexcept { return first_; }
@@ -65,9 +76,9 @@ class PassSteps {
   void add(OffloadPlan plan, std::int64_t first_step) {
     for (PlannedUse& use : plan) {
       use.step += first_step;
-      cache_.forecast().add(use.id, use.step);
+      cache_.forecast().add(use.id, use.step, use.probability);
     }
-    prefetches_.add(plan);
+    prefetches_.add(std::move(plan));
   }
 
   Cache& cache_;

@@ -23,14 +23,22 @@ namespace sida {
 template <class Cache>
 class PrefetchQueue {
  public:
-  explicit PrefetchQueue(Cache& cache) : cache_(cache) {}
+  /// Uses that are less probable than `threshold` bring nothing early.
+  PrefetchQueue(Cache& cache, double threshold) : cache_(cache), threshold_(threshold) {}
 
-  void add(const OffloadPlan& plan) {
+  double threshold() const noexcept { return threshold_; }
+
+  void add(OffloadPlan plan) {
+    std::erase_if(plan, [&](const PlannedUse& use) { return use.probability < threshold_; });
     if (plan.empty()) return;
     const auto later = [](std::int64_t step, const PlannedUse& use) { return step < use.step; };
     const auto place = std::upper_bound(uses_.begin(), uses_.end(), plan.front().step, later);
     if (place != uses_.end()) begin_anew();
     uses_.insert(place, plan.begin(), plan.end());
+  }
+  /// Whether a table asked for the expert at `step`, the step at hand.
+  bool asked_for(ExpertId id, std::int64_t step) const {
+    return cache_.forecast().next_use(id, threshold_) == step;
   }
   void drop_before(std::int64_t step) {
     while (!uses_.empty() && uses_.front().step < step) {
@@ -78,6 +86,7 @@ class PrefetchQueue {
 
  private:
   Cache& cache_;
+  double threshold_;
   std::deque<PlannedUse> uses_;
   std::size_t scanned_ = 0;  // uses at the front whose experts are there or under way
   double latest_return_ = -std::numeric_limits<double>::infinity();  // of these, after their use

@@ -18,7 +18,6 @@
 #include "sida/core/error.hpp"
 #include "sida/schedule/belady.hpp"
 #include "sida/schedule/layer_needs.hpp"
-#include "sida/schedule/offload_scheduler.hpp"
 #include "sida/schedule/pass_steps.hpp"
 #include "sida/schedule/transfer_queue.hpp"
 
@@ -35,7 +34,7 @@ struct ReplayOptions {
   double latency_seconds = 0;  ///< of each read, before its bytes
   double layer_seconds = 0;    ///< from one MoE layer's end to the experts of the next
   double expert_seconds = 0;   ///< computation of one expert
-  SchedulerOptions scheduler;
+  TransferOptions transfers;
 };
 
 /// What a replay foretells of a run.
@@ -90,8 +89,8 @@ class ImaginaryTransfers {
   ImaginaryTransfers(Cache& cache, const ReplayOptions& options)
       : cache_(cache),
         options_(options),
-        queue_(cache, options.scheduler.transfers),
-        lanes_(static_cast<std::size_t>(options.scheduler.transfers.threads)) {}
+        queue_(cache, options.transfers),
+        lanes_(static_cast<std::size_t>(options.transfers.threads)) {}
 
   Queue& queue() noexcept { return queue_; }
   double now() const noexcept { return now_; }
@@ -177,8 +176,8 @@ class ImaginaryTransfers {
         continue;
       }
       if (lane.loads.empty()) return;
-      lane.chunk = std::min(options_.scheduler.transfers.chunk_bytes,
-                            cache_.slot_bytes() - lane.loads.back().done);
+      lane.chunk =
+          std::min(options_.transfers.chunk_bytes, cache_.slot_bytes() - lane.loads.back().done);
       lane.rest = static_cast<double>(lane.chunk);
       lane.begins = now_ + options_.latency_seconds;
       lane.is_reading = true;
@@ -240,8 +239,7 @@ class Replay {
 
   void announce() {
     const auto table = foretold_.slice(static_cast<std::int64_t>(announced_.size()));
-    announced_.push_back(
-        steps_.announce(plan_uses(table, options_.experts, 0, options_.scheduler.threshold)));
+    announced_.push_back(steps_.announce(steps_.plan_of(table)));
   }
 
   void call(std::int32_t layer, const LayerUses& uses) {

@@ -25,6 +25,7 @@ struct TransferOptions {
   /// Where slots are short: for how many uses ahead of the computation, prefetched or demanded,
   /// experts make way that are used again sooner than those. Fewer with few slots.
   std::int64_t uses_ahead = 4;
+  double threshold = 0.4;  ///< experts wanted less surely are not brought early
 };
 
 /// Which expert is brought next, into whose slot, and for whom: what a layer waits for comes before
@@ -52,7 +53,7 @@ class TransferQueue {
   };
 
   TransferQueue(Cache& cache, const TransferOptions& options)
-      : cache_(cache), options_(options), prefetches_(cache) {
+      : cache_(cache), options_(options), prefetches_(cache, options.threshold) {
     stats_.layers.resize(static_cast<std::size_t>(cache.store().layers()));
   }
 

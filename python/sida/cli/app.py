@@ -12,6 +12,7 @@ import sida
 from sida.cli.demo import demo
 from sida.cli.inspect import inspect
 from sida.cli.predictor import evaluate, train_predictor
+from sida.cli.replay import replay
 
 app = typer.Typer(
     name="sida",
@@ -58,6 +59,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     evaluate: (
         "sida evaluate MODEL held_out.txt",
         "sida evaluate MODEL held_out.txt --predictor out.safetensors",
+    ),
+    replay: (
+        "sida replay TRACE --memory 10%,20%,50% --policy auto,lru --ahead 0,1,16",
+        "sida replay TRACE --bandwidth 500MB/s,2GB/s --plot replay.png",
     ),
 }
 

@@ -49,6 +49,43 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_replays(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the bytes that replays move by the slots that they have, and their stalls if foretold.
+
+    Args:
+        rows: What `sida replay --json` prints.
+        path: The picture to write.
+    """
+    stalls = any(row["stall_seconds"] is not None for row in rows)
+    figure = Figure(figsize=(11 if stalls else 7, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2 if stalls else 1, squeeze=False)[0]
+    least = {row["slots"]: row["belady_bytes"] / (1 << 20) for row in rows}
+    for ahead, policy in sorted({(row["ahead"], row["policy"]) for row in rows}):
+        mine = [row for row in rows if (row["ahead"], row["policy"]) == (ahead, policy)]
+        name = f"{policy}, {ahead} tables ahead" if ahead else f"{policy}, no tables"
+        moved = {row["slots"]: row["bytes_moved"] / (1 << 20) for row in mine}
+        panels[0].plot(*zip(*sorted(moved.items()), strict=True), marker="o", label=name)
+        for rate in sorted({row["bytes_per_second"] for row in mine} - {None}) if stalls else ():
+            waits = {
+                row["slots"]: 1000 * row["stall_seconds"] / max(1, row["passes"])
+                for row in mine
+                if row["bytes_per_second"] == rate
+            }
+            points = zip(*sorted(waits.items()), strict=True)
+            panels[1].plot(*points, marker="o", label=f"{name}, {rate / 1e9:g} GB/s")
+    panels[0].plot(
+        *zip(*sorted(least.items()), strict=True), "k--", label="least possible (Belady)"
+    )
+    panels[0].set_ylabel("moved (MiB)")
+    panels[-1].set_ylabel("stall a batch (ms)" if stalls else "moved (MiB)")
+    for panel in panels:
+        panel.set_xlabel("experts that fit")
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False, fontsize="small")
+        _tidy(panel)
+    figure.savefig(path, dpi=120)
+
+
 def plot_timeline(axes: Axes, trace: Sequence[Mapping[str, Any]], *, batches: int = 3) -> None:
     """Draw what happened during some batches: loads, computing, stalls, one row a thread.
 
