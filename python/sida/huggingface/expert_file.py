@@ -60,10 +60,19 @@ class ExpertFile:
         self.path = (
             Path(tempfile.mkdtemp(prefix="sida-experts-", dir=parent)) / "experts.safetensors"
         )
-        self._file: BinaryIO = self.path.open("w+b")
+        # Unbuffered: what a full disk did not take must not fail once more when the file is closed.
+        self._file: BinaryIO = self.path.open("w+b", buffering=0)
         self._discard = weakref.finalize(self, _remove, self._file, self.path.parent)
         try:
             self._write(len(adapter.layer_names))
+        except OSError as error:
+            self.restore()
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; the experts take {size:,} bytes: choose another folder with "
+                "offload_dir=",
+                str(self.path),
+            ) from error
         except BaseException:
             self.restore()
             raise
@@ -86,15 +95,14 @@ class ExpertFile:
         }
         text = json.dumps(header).encode()
         text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        _write(self._file, len(text).to_bytes(8, "little") + text)
         self._begin = 8 + len(text)
         each = len(self._saved) // layers
         for layer in range(layers):
             here = self._saved[layer * each : (layer + 1) * each]
             for saved in here:
                 weight = saved.linear.weight.detach().contiguous()
-                self._file.write(weight.view(torch.uint8).numpy().data)
-            self._file.flush()
+                _write(self._file, weight.view(torch.uint8).numpy().data)
             for saved in here:
                 empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
                 saved.linear.module.weight = nn.Parameter(empty, requires_grad=saved.requires_grad)
@@ -121,6 +129,12 @@ def _plan(adapter: ExpertAdapter) -> list[_Saved]:
                 )
                 begin = end
     return saved
+
+
+def _write(file: BinaryIO, data: bytes | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
 
 
 def _read(file: BinaryIO, begin: int, saved: _Saved) -> Tensor:
