@@ -187,6 +187,19 @@ TEST_CASE("A replay of one expert on one slot takes the times by hand", "[replay
   CHECK(result.seconds == Approx(3 * 1 + 2 * 0.75 + 2 * 2));
 }
 
+TEST_CASE("A replay comes to its end on links of any speed", "[replay]") {
+  const HashTable table = recorded(made_up(40, 5, 7));
+  for (const double rate : {1e3, 1e8, 1e9, 5e9, 7.3e9, 1e12})
+    for (const double seconds : {0.0, 1e-4, 1e-3, 1.0 / 3}) {
+      ReplayOptions options = options_for(9, 16);
+      options.bytes_per_second = rate;
+      options.latency_seconds = 0;
+      options.layer_seconds = seconds;
+      CHECK(replay<LookAheadPolicy>(table, table, options).stats.total.uses ==
+            replay<LruPolicy>(table, table, options).stats.total.uses);
+    }
+}
+
 TEST_CASE("What padding alone needs is moved and not counted", "[replay]") {
   HashTable table = recorded({PassNeeds{{1, 2}, {3}, {4}}});
   table.probs[1] = 0;  // expert 2 of layer 0

@@ -129,13 +129,13 @@ class ImaginaryTransfers {
       if (is_over()) return;
       const double next = next_event();
       if (next > end || next == std::numeric_limits<double>::infinity()) {
-        if (end < std::numeric_limits<double>::infinity()) cross(end - now_);
+        if (end < std::numeric_limits<double>::infinity()) cross_until(end);
         return;
       }
-      cross(next - now_);
+      cross_until(next);
       now_ = next;
       for (Lane& lane : lanes_)
-        if (lane.is_reading && lane.begins <= now_ && lane.rest <= tolerance) end_chunk(lane);
+        if (lane.is_reading && lane.begins <= now_ && lane.rest <= 0) end_chunk(lane);
     }
   }
 
@@ -155,12 +155,14 @@ class ImaginaryTransfers {
         next = std::min(next, is_crossing(lane) ? now_ + lane.rest / rate : lane.begins);
     return next;
   }
-  void cross(double seconds) {
+  void cross_until(double time) {
     const double rate = share();
     for (Lane& lane : lanes_) {
       if (!is_crossing(lane)) continue;
-      // The read that this event is the end of is across, whatever rounding says.
-      lane.rest = lane.rest / rate <= seconds * (1 + 1e-12) ? 0 : lane.rest - rate * seconds;
+      // The very sum of next_event(): the read that this is the end of is across, whatever is lost
+      // to rounding.
+      const bool is_across = now_ + lane.rest / rate <= time;
+      lane.rest = is_across ? 0 : std::max(0.0, lane.rest - rate * (time - now_));
     }
   }
 
@@ -192,8 +194,6 @@ class ImaginaryTransfers {
     queue_.end(*active.load, active.done, nullptr);
     lane.loads.pop_back();
   }
-
-  static constexpr double tolerance = 1e-6;  // bytes
 
   Cache& cache_;
   const ReplayOptions& options_;

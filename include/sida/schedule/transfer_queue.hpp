@@ -172,7 +172,7 @@ class TransferQueue {
   // Uses ahead of the computation for which other experts make way: with few slots fewer.
   std::int64_t reach() const noexcept {
     return std::min(options_.uses_ahead,
-                    std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 12));
+                    std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 6));
   }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
