@@ -224,23 +224,27 @@ def stall(results: Results) -> str:
     """Stall and time over a slow link."""
     if "stall" not in results:
         return _nothing()
-    found = results["stall"]
+    sizes = results["stall"]["sizes"]
     rows = [
         (
+            found["batch"],
             WAYS[name],
             milliseconds(found["stall_seconds"][name]),
             milliseconds(found["seconds"][name]),
             f"{found['bytes_moved'][name] / 1e6:.1f}",
         )
+        for found in sizes
         for name in ("none", "table", "predictor")
     ]
+    links = "; ".join(
+        f"{found['bytes_per_second'] / 1e9:.2f} GB/s for batches of {found['batch']}, which take "
+        f"{1e3 * found['resident_seconds']:.1f} ms with all experts resident"
+        for found in sizes
+    )
     return (
-        table(("", "stall, ms", "batch, ms", "moved, MB"), rows)
-        + (
-            f"\n\nLink: {found['bytes_per_second'] / 1e9:.2f} GB/s; a batch of {found['batch']} "
-            f"with all experts resident takes {1e3 * found['resident_seconds']:.1f} ms."
-        )
-        + _plot("stall", "Stall of a batch")
+        table(("sentences", "", "stall, ms", "batch, ms", "moved, MB"), rows)
+        + f"\n\nLink: {links}."
+        + _plot("stall", "Stall of a batch of one sentence")
     )
 
 
@@ -359,7 +363,7 @@ def _draw(results: Results) -> None:
         if name not in results:
             continue
         found = results[name]
-        bars = found[key] if key else found["stall_seconds"]
+        bars = found[key] if key else found["sizes"][0]["stall_seconds"]
         _bars(
             PLOTS / f"{name}.svg",
             {WAYS[way]: times["median"] for way, times in bars.items()},

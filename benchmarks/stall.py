@@ -7,6 +7,7 @@ prediction takes as long as computing with all experts resident.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,9 +26,9 @@ from sida.huggingface.tables import open_tables
 
 MODEL = harness.ROOT / "models" / "wordnet-switch-32"
 MEMORY = 0.2
-SENTENCES = 8
-BATCHES = 16
-"""Of one repetition."""
+HELD_OUT = 7602
+BATCHES = {1: 64, 8: 16}
+"""Of one repetition, by sentences in a batch."""
 
 
 def throttled_encoder(bytes_per_second: float, predictor: Any) -> Offloaded:
@@ -50,9 +51,20 @@ def throttled_encoder(bytes_per_second: float, predictor: Any) -> Offloaded:
 
 
 def measure(repetitions: int) -> dict[str, Any]:
-    """Return stalls and times of a batch."""
-    sentences = draw_sentences(MODEL, SENTENCES * BATCHES * (repetitions + 1))
-    batches = Classifier(MODEL).batches(sentences, SENTENCES)
+    """Return stalls and times of a batch, for batches of each size."""
+    sizes = [measure_size(size, repetitions) for size in BATCHES]
+    return {
+        "memory": MEMORY,
+        "sizes": sizes,
+        "targets": [target for found in sizes for target in found.pop("targets")],
+    }
+
+
+def measure_size(size: int, repetitions: int) -> dict[str, Any]:
+    """Return stalls and times of a batch of `size` sentences."""
+    turn_batches = BATCHES[size]
+    sentences = draw_sentences(MODEL, min(size * turn_batches * (repetitions + 1), HELD_OUT))
+    batches = Classifier(MODEL).batches(sentences, size)
     with (
         TemporaryDirectory() as temporary,
         encoder.sida_encoder(MODEL, memory=MEMORY) as off,
@@ -62,7 +74,7 @@ def measure(repetitions: int) -> dict[str, Any]:
         bytes_moved = off.stats()["bytes_moved"] / len(batches)
         table = off.record(Path(temporary) / "table.safetensors")
         own = harness.summary(
-            [encoder.timed(lambda batch=batch: resident.model(**batch)) for batch in batches]
+            [encoder.timed(functools.partial(resident.model, **batch)) for batch in batches]
         )
     bandwidth = bytes_moved / own["median"]
     handles = {
@@ -75,8 +87,8 @@ def measure(repetitions: int) -> dict[str, Any]:
     part: list[Any] = []
 
     def begin_turn(turn: int) -> None:
-        begin = turn * BATCHES % len(batches)
-        part[:] = batches[begin : begin + BATCHES]
+        begin = turn * turn_batches % (len(batches) - turn_batches + 1)
+        part[:] = batches[begin : begin + turn_batches]
 
     def run(name: str) -> float:
         handle = handles[name]
@@ -88,7 +100,7 @@ def measure(repetitions: int) -> dict[str, Any]:
         return seconds
 
     times = harness.interleave(
-        {name: lambda name=name: run(name) for name in handles}, repetitions, begin_turn
+        {name: functools.partial(run, name) for name in handles}, repetitions, begin_turn
     )
     for handle in handles.values():
         handle.close()
@@ -96,8 +108,7 @@ def measure(repetitions: int) -> dict[str, Any]:
     for summary in exposed.values():
         del summary["spread"]  # a stall may be next to nothing
     return {
-        "memory": MEMORY,
-        "batch": SENTENCES,
+        "batch": size,
         "batches": len(batches),
         "resident_seconds": own["median"],
         "bytes_per_second": bandwidth,
@@ -106,7 +117,7 @@ def measure(repetitions: int) -> dict[str, Any]:
         "bytes_moved": {name: sum(values[1:]) / repetitions for name, values in moved.items()},
         "targets": [
             harness.target(
-                f"exposed stall with {what} / without prediction",
+                f"exposed stall with {what} / without prediction, batches of {size}",
                 exposed[name]["median"] / exposed["none"]["median"],
                 at_most=limit,
             )
