@@ -114,6 +114,16 @@ def test_what_people_read_names_every_column() -> None:
     assert "stall" not in run(TRACE, "--memory", "20%")
 
 
+def test_nothing_is_cut_off_on_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    everything = ("--policy", "auto,lookahead", "--bandwidth", "500MB/s,2GB/s", "--memory", "20%")
+    text = run(TRACE, *everything)
+    for column in ("memory", "policy", "experts", "ahead", "misses", "moved", "GB/s", "stall"):
+        assert column in text
+    assert "…" not in text
+    assert "; policy auto; GB/s 2" in run(TRACE, "--bandwidth", "2GB/s")
+
+
 def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     assert "--bandwidth: expected a rate like" in error_of(TRACE, "--bandwidth", "fast")
     assert "--ahead: expected numbers" in error_of(TRACE, "--ahead", "1,x")

@@ -89,7 +89,7 @@ def replay(
 
     The recorded routing goes through the scheduler's own decisions in imagined time: no model, no
     bytes. Computation is taken to last as long as in the recorded run. **least** is what Belady's
-    rule would move, which knows the whole trace.
+    rule would move, which knows the whole trace; **stall** is of a batch.
     """
     recording = load_recording(trace, expert_bytes=expert_bytes)
     tables = None if foretold is None else sida.HashTable.load(foretold)
@@ -212,24 +212,39 @@ def _rate(text: str) -> float:
 def _show(recording: Recording, rows: Sequence[dict[str, Any]]) -> None:
     console = report()
     total = recording.routing.layers * recording.experts
+    cells = [_cells(row) for row in rows]
+    same = {  # in all rows: said once, so that the table fits a terminal of 80 columns
+        name: text
+        for name, text in cells[0].items()
+        if name in ("policy", "ahead", "GB/s") and all(row[name] == text for row in cells)
+    }
     console.print(
         f"{len(recording.routing)} batches, {recording.routing.tokens:,} tokens; {total:,} experts "
         f"of {size(recording.expert_bytes)}"
+        + "".join(f"; {name} {text}" for name, text in same.items())
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("memory", no_wrap=True)
-    table.add_column("policy", no_wrap=True)
-    stalls = any(row["bytes_per_second"] for row in rows)
-    columns = ["experts", "ahead", "hits", "late", "misses", "moved", "× least"]
-    for column in columns + (["link", "stall a batch"] if stalls else []):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [row["memory"], row["policy"], str(row["slots"]), str(row["ahead"])]
-        uses = max(1, row["uses"])
-        cells += [percent(row[name] / uses, 0) for name in ("hits", "late", "misses")]
-        cells += [size(row["bytes_moved"]), f"{row['times_belady']:.2f}"]
-        if stalls:
-            cells.append(f"{size(int(row['bytes_per_second']))}/s")
-            cells.append(milliseconds(row["stall_seconds"] / max(1, row["passes"])))
-        table.add_row(*cells)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if same else 0, 0, 0))
+    columns = [name for name in cells[0] if name not in same]
+    for name in columns:
+        is_text = name in ("memory", "policy")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for row in cells:
+        table.add_row(*(row[name] for name in columns))
     console.print(table)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    uses, rate = max(1, row["uses"]), row["bytes_per_second"]
+    cells = {
+        "memory": row["memory"],
+        "policy": row["policy"],
+        "experts": str(row["slots"]),
+        "ahead": str(row["ahead"]),
+        **{name: percent(row[name] / uses, 0) for name in ("hits", "late", "misses")},
+        "moved": size(row["bytes_moved"]),
+        "× least": f"{row['times_belady']:.2f}",
+    }
+    if rate is not None:
+        cells["GB/s"] = f"{rate / 1e9:g}"
+        cells["stall"] = milliseconds(row["stall_seconds"] / max(1, row["passes"]))
+    return cells
