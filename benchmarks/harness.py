@@ -3,7 +3,7 @@
 
 What is compared runs in one process, in turns, on new inputs in each. A benchmark is a function
 that returns results; `run` waits for a quiet machine, calls it, and writes what it returned unless
-other programs disturbed it.
+other programs disturbed it. One that counts and times nothing is recorded on any machine.
 """
 
 from __future__ import annotations
@@ -132,9 +132,22 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(name: str, options: argparse.Namespace, measure: Callable[[], Mapping[str, Any]]) -> None:
-    """Measure and write benchmarks/results/NAME.json; with --anyway print and write nothing."""
-    if not options.anyway:
+def run(
+    name: str,
+    options: argparse.Namespace,
+    measure: Callable[[], Mapping[str, Any]],
+    *,
+    timed: bool = True,
+) -> None:
+    """Measure and write benchmarks/results/NAME.json; with --anyway print and write nothing.
+
+    Args:
+        name: Of the benchmark.
+        options: As `arguments` gives them.
+        measure: Returns the results.
+        timed: Whether there are times among them, which a busy machine would change.
+    """
+    if timed and not options.anyway:
         wait_until_quiet()
     results = measure()
     for kept in results.get("targets", []):
@@ -145,11 +158,20 @@ def run(name: str, options: argparse.Namespace, measure: Callable[[], Mapping[st
     if options.anyway:
         print(json.dumps(results, indent=1))
     else:
-        print(write(name, results))
+        origin = {**provenance(), **(quietness(results) if timed else {})}
+        print(write(name, {**origin, **results}))
 
 
-def write(name: str, results: Mapping[str, Any]) -> Path:
-    """Write results to benchmarks/results/NAME.json.
+def write(name: str, content: Mapping[str, Any]) -> Path:
+    """Write benchmarks/results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def quietness(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Say how many processors other programs kept busy while the results were measured.
 
     Raises:
         NotQuietError: Other programs were at work since `wait_until_quiet`, or times vary much.
@@ -170,11 +192,7 @@ def write(name: str, results: Mapping[str, Any]) -> Path:
             f"not recorded: expected p90 / p10 of at most {STEADY_SPREAD}, got "
             + ", ".join(unsteady)
         )
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    content = {**provenance(), "load_of_others": round(load, 3), **results}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return {"load_of_others": round(load, 3)}
 
 
 def provenance() -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the figures of docs/performance.md and README.md from benchmarks/results.
+"""Writes the figures of README.md and of pages in docs from benchmarks/results.
 
 What stands in those files between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the
 function of that name returns; the words around it are written by hand.
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+BUDGETS = ROOT / "docs" / "choosing-a-budget"
 PLOTS = ROOT / "docs" / "performance"
+PAGES = (PLOTS.with_suffix(".md"), BUDGETS.with_suffix(".md"), ROOT / "README.md")
 GIB, MIB = 1 << 30, 1 << 20
 
 Results = Mapping[str, Any]
@@ -249,16 +251,65 @@ def stall(results: Results) -> str:
 
 
 def bytes_moved(results: Results) -> str:
-    """Bytes moved against Belady, as its benchmark lists them."""
-    rows = results.get("bytes_moved", {}).get("rows")
-    if not rows:
+    """Bytes moved against Belady, under policy auto and under every policy."""
+    if "bytes_moved" not in results:
         return _nothing()
-    keys = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
-    body = [
-        [number(row[key]) if isinstance(row[key], float) else row[key] for key in keys]
-        for row in rows
-    ]
-    return table([key.replace("_", " ") for key in keys], body)
+    found = results["bytes_moved"]
+    probes = [row for row in found["rows"] if "probe" in row["trace"]]
+    worst = max(probes, key=lambda row: row["predictor"])
+    links, at_most = found["links"]["bytes_per_second"], found["links"]["worst"]
+    return (
+        f"Policy auto, {found['ahead']} tables ahead where nothing else is said:\n\n"
+        f"{_records(found['rows'])}\n\n"
+        f"A loss: with the probes' LSTM up to {worst['predictor']:.2f} ({worst['trace']}, batches "
+        f"of {worst['batch']}, {worst['memory']}). Over links of {links[0] / 1e9:g} to "
+        f"{links[-1] / 1e9:g} GB/s the recorded tables come to at most {at_most['recorded']:.3f}, "
+        f"the trained model's own predictor to {at_most['predictor']:.3f}.\n\n"
+        f"Every policy, without tables and with the recorded ones:\n\n"
+        f"{_records(found['policies'])}"
+    )
+
+
+def inspect_shown(results: Results) -> str:
+    """What sida inspect prints."""
+    return _shown(results, "inspect")
+
+
+def replay_shown(results: Results) -> str:
+    """What sida replay prints."""
+    return _shown(results, "replay")
+
+
+def policies_shown(results: Results) -> str:
+    """What sida replay prints of all policies."""
+    return _shown(results, "policies")
+
+
+def auto_policy(results: Results) -> str:
+    """How policy auto compares with the others where there are no tables."""
+    if "bytes_moved" not in results:
+        return _nothing()
+    moved: dict[str, list[int]] = {}
+    for curve in results["bytes_moved"]["curves"]:
+        if curve["tables"] == "none":
+            moved.setdefault(curve["policy"], []).extend(curve["moved"])
+    own = moved.pop("auto")
+    ratios = {
+        policy: [other / least for other, least in zip(others, own, strict=True)]
+        for policy, others in moved.items()
+    }
+    least = [min(at_place) for at_place in zip(*ratios.values(), strict=True)]
+    lowest = sum(ratio >= 1 for ratio in least)
+    text = (
+        f"Of {len(own)} combinations of trace, batch and budget it moves the fewest bytes in "
+        f"{lowest}"
+    )
+    if lowest < len(own):
+        text += f"; where it does not, {100 * (1 - min(least)):.2f} % more than the best"
+    others = ", ".join(
+        f"{policy} {min(values):.2f} to {max(values):.2f}" for policy, values in ratios.items()
+    )
+    return f"{text}. The others' bytes over its own: {others}."
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
@@ -277,6 +328,10 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         hash_building,
         stall,
         bytes_moved,
+        inspect_shown,
+        replay_shown,
+        policies_shown,
+        auto_policy,
     )
 }
 
@@ -339,6 +394,20 @@ def _ways(results: Results, name: str, ways: Sequence[str]) -> str:
     return table(("", "batch, ms", "moved, MB"), rows) + _plot(name, "Time of a batch")
 
 
+def _records(rows: Sequence[Mapping[str, Any]]) -> str:
+    body = [
+        [number(cell) if isinstance(cell, float) else cell for cell in row.values()] for row in rows
+    ]
+    return table(list(rows[0]), body)
+
+
+def _shown(results: Results, name: str) -> str:
+    if "bytes_moved" not in results:
+        return _nothing()
+    shown = results["bytes_moved"]["shown"][name]
+    return f"```console\n$ {shown['command']}\n{shown['output']}\n```"
+
+
 def _plot(name: str, title: str) -> str:
     return f"\n\n![{title}]({PLOTS.name}/{name}.svg)"
 
@@ -369,22 +438,79 @@ def _draw(results: Results) -> None:
             {WAYS[way]: times["median"] for way, times in bars.items()},
             "stall of a batch, ms" if name == "stall" else "batch, ms",
         )
+    if "bytes_moved" in results:
+        BUDGETS.mkdir(exist_ok=True)
+        curves = results["bytes_moved"]["curves"]
+        _policies(BUDGETS / "policies.svg", curves)
+        _tables(BUDGETS / "tables.svg", [c for c in curves if c["trace"] == curves[0]["trace"]])
 
 
 def _bars(path: Path, seconds: Mapping[str, float], label: str) -> None:
+    with _figure(path, (1, 1), (6.4, 0.5 + 0.4 * len(seconds))) as panels:
+        axes = panels[0][0]
+        bars = axes.barh(list(seconds), [1e3 * value for value in seconds.values()])
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel(label)
+
+
+def _policies(path: Path, curves: Sequence[Mapping[str, Any]]) -> None:
+    traces = list(dict.fromkeys(curve["trace"] for curve in curves))
+    batches = list(dict.fromkeys(curve["sentences"] for curve in curves))
+    with _figure(path, (len(batches), len(traces)), (9.6, 5.4)) as panels:
+        for curve in (c for c in curves if c["tables"] == "none"):
+            axes = panels[batches.index(curve["sentences"])][traces.index(curve["trace"])]
+            moved = [m / b for m, b in zip(curve["moved"], curve["belady"], strict=True)]
+            width = 2.2 if curve["policy"] == "auto" else 1.2
+            axes.plot(curve["share"], moved, label=curve["policy"], linewidth=width)
+            axes.set_title(f"{curve['trace']}, batches of {curve['sentences']}", fontsize="small")
+        for row in panels:
+            row[0].set_ylabel("moved / least possible")
+            for axes in row:
+                axes.set_ylim(bottom=1)
+        for axes in panels[-1]:
+            axes.set_xlabel("experts in memory, %")
+        panels[0][0].legend(frameon=False, fontsize="small")
+
+
+def _tables(path: Path, curves: Sequence[Mapping[str, Any]]) -> None:
+    names = {"none": "no tables", "predictor": "trained predictor", "recorded": "recorded tables"}
+    batches = list(dict.fromkeys(curve["sentences"] for curve in curves))
+    with _figure(path, (len(batches), 2), (9.6, 5.4)) as panels:
+        for curve in (c for c in curves if c["policy"] == "auto"):
+            left, right = panels[batches.index(curve["sentences"])]
+            name = names[curve["tables"]]
+            left.plot(curve["share"], [each / 1e6 for each in curve["moved"]], label=name)
+            right.plot(curve["share"], [1e3 * each for each in curve["stall_seconds"]], label=name)
+            if curve["tables"] == "recorded":
+                least = [each / 1e6 for each in curve["belady"]]
+                left.plot(curve["share"], least, "k--", label="least possible")
+            left.set_title(f"batches of {curve['sentences']}", fontsize="small")
+            right.set_title(f"batches of {curve['sentences']}", fontsize="small")
+            left.set_ylabel("moved a batch, MB")
+            right.set_ylabel("stall a batch, ms")
+        for axes in (axes for row in panels for axes in row):
+            axes.set_ylim(bottom=0)
+        for axes in panels[-1]:
+            axes.set_xlabel("experts in memory, %")
+        panels[0][0].legend(frameon=False, fontsize="small")
+
+
+@contextmanager
+def _figure(path: Path, grid: tuple[int, int], inches: tuple[float, float]) -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     with pyplot.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        figure, axes = pyplot.subplots(figsize=(6.4, 0.5 + 0.4 * len(seconds)))
-        bars = axes.barh(list(seconds), [1e3 * value for value in seconds.values()])
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure, panels = pyplot.subplots(
+            *grid, figsize=inches, squeeze=False, layout="constrained" if grid != (1, 1) else None
+        )
+        yield panels
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
 
