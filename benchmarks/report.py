@@ -263,8 +263,9 @@ def bytes_moved(results: Results) -> str:
         f"{_records(found['rows'])}\n\n"
         f"A loss: with the probes' LSTM up to {worst['predictor']:.2f} ({worst['trace']}, batches "
         f"of {worst['batch']}, {worst['memory']}). Over links of {links[0] / 1e9:g} to "
-        f"{links[-1] / 1e9:g} GB/s the recorded tables come to at most {at_most['recorded']:.3f}, "
-        f"the trained model's own predictor to {at_most['predictor']:.3f}.\n\n"
+        f"{links[-1] / 1e9:g} GB/s the recorded tables come to at most {at_most['recorded']:.2f}, "
+        f"the trained model's own predictor to {at_most['predictor']:.2f}, the probes' LSTM to "
+        f"{at_most['probes']:.2f}.\n\n"
         f"Every policy, without tables and with the recorded ones:\n\n"
         f"{_records(found['policies'])}"
     )
@@ -396,9 +397,14 @@ def _ways(results: Results, name: str, ways: Sequence[str]) -> str:
 
 def _records(rows: Sequence[Mapping[str, Any]]) -> str:
     body = [
-        [number(cell) if isinstance(cell, float) else cell for cell in row.values()] for row in rows
+        [_figures(cell) if isinstance(cell, float) else cell for cell in row.values()]
+        for row in rows
     ]
     return table(list(rows[0]), body)
+
+
+def _figures(value: float) -> str:
+    return number(value) if value >= 100 else f"{value:.2f}"
 
 
 def _shown(results: Results, name: str) -> str:
