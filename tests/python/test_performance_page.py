@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of docs/performance.md and README.md are what benchmarks/results say."""
 
+import importlib
 import importlib.util
 import json
 import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,17 @@ def test_recordings_say_where_they_come_from() -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         for key in ("commit", "command", "cpu", "cores", "memory_bytes", "kernel", "torch"):
             assert result.get(key), f"{path.name} does not say its {key}"
+
+
+def test_batches_of_a_trace_are_its_sentences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bytes_moved = importlib.import_module("bytes_moved")
+    cases = {(c.trace, c.sentences): c.recording.routing for c in bytes_moved.load_cases()}
+    alone, together = cases[bytes_moved.MODEL, 1], cases[bytes_moved.MODEL, 8]
+    assert len(alone) == 400 and len(together) == 50
+    for batch in (0, 17, 49):
+        sentences = [alone.slice(batch * 8 + i).ids for i in range(8)]
+        assert (together.slice(batch).ids == np.concatenate(sentences, axis=1)).all()
 
 
 def test_unknown_block_is_refused() -> None:
