@@ -27,7 +27,7 @@ constexpr std::int32_t layers = 12, experts = 128;
 constexpr std::size_t slab_bytes = std::size_t{64} << 10;
 constexpr std::int64_t slots = 256;
 constexpr int kept = 64;  // experts that are looked up
-constexpr int lookups = 200000;
+constexpr int lookups = 2000000;
 
 /// Slabs of zeros.
 class ZeroStore : public sida::ExpertStore {
