@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "choose_kernel.hpp"
+#include "expert_kernels.hpp"
+#include "general.cuh"
+#include "launch.cuh"
+#include "streaming.cuh"
+
+namespace sida::cuda {
+namespace {
+
+unsigned blocks(int count, int each) { return static_cast<unsigned>((count + each - 1) / each); }
+
+template <class Element, Phase phase>
+void launch_product(const Product& product, cudaStream_t stream) {
+  constexpr const char* what = "launch a product of expert weights";
+  const LayerShape& shape = product.shape;
+  const Kernel kernel = choose_kernel(shape.dtype, shape.tokens, shape.top_k, shape.experts,
+                                      shape.hidden, shape.intermediate);
+  const int outputs = phase == Phase::down ? shape.hidden : shape.intermediate;
+  const auto experts = static_cast<unsigned>(std::min(shape.experts, shape.tokens * shape.top_k));
+  if constexpr (!std::is_same_v<Element, float>) {
+    constexpr int stripe = phase == Phase::gated_up ? 8 : 16;
+    const auto splits = static_cast<unsigned>(phase == Phase::down ? down_splits(shape, 1) : 1);
+    if (kernel == Kernel::narrow)
+      return launch(what, streaming_kernel<Element, phase, 1, 1>,
+                    dim3(blocks(outputs, stripe), experts, splits), streaming_threads, stream,
+                    product);
+    if (kernel == Kernel::wide)
+      return launch(what, streaming_kernel<Element, phase, 2, 4>,
+                    dim3(blocks(outputs, 2 * stripe), experts, splits), streaming_threads, stream,
+                    product);
+  }
+  const unsigned row_blocks = std::min(blocks(shape.tokens, general_rows), 16u);
+  launch(what, general_kernel<Element, phase>,
+         dim3(blocks(outputs, general_outputs), experts, row_blocks), general_threads, stream,
+         product);
+}
+
+}  // namespace
+
+std::size_t workspace_bytes(const LayerShape& shape) {
+  return results_offset(shape) + static_cast<std::size_t>(down_splits(shape, 1)) *
+                                     static_cast<std::size_t>(shape.tokens) *
+                                     static_cast<std::size_t>(shape.top_k) *
+                                     static_cast<std::size_t>(shape.hidden) * sizeof(float);
+}
+
+void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidden,
+                     const ExpertSlabs& slabs, std::byte* workspace, Stream stream) {
+  if (shape.tokens == 0) return;
+  with_element(shape.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const Product up{shape, plan, slabs, hidden, workspace};
+    const Product down{shape, plan, slabs, workspace, workspace + results_offset(shape)};
+    if (shape.gated)
+      launch_product<Element, Phase::gated_up>(up, stream);
+    else
+      launch_product<Element, Phase::up>(up, stream);
+    launch_product<Element, Phase::down>(down, stream);
+  });
+}
+
+}  // namespace sida::cuda

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct CUstream_st;
+
+/// The expert kernels: `out[t] = Σ_j weights[t, j] * expert(ids[t, j])(hidden[t])` on a GPU, as
+/// make_plan(), compute_experts() for the experts that are resident (in any number of calls), then
+/// combine(). Every function only enqueues work on a stream, reads nothing back, and can be
+/// captured into a CUDA graph. Pointers are to memory of the stream's device unless said otherwise.
+namespace sida::cuda {
+
+using Stream = CUstream_st*;  ///< a cudaStream_t
+
+enum class Dtype : std::uint8_t { f32, f16, bf16 };
+enum class Act : std::uint8_t { relu, gelu, gelu_tanh, silu };
+
+/// The most choices a token, and experts a layer, that the kernels take.
+constexpr int max_top_k = 16;
+constexpr int max_experts = 512;
+
+/// What the experts of a layer share, and the size of one call.
+struct LayerShape {
+  Dtype dtype = Dtype::f32;  ///< of hidden states, weights, biases and the result
+  int tokens = 0;            ///< T, 0 or more
+  int top_k = 1;             ///< k, 1 to max_top_k
+  int experts = 1;           ///< E, 1 to max_experts
+  int hidden = 1;            ///< H
+  int intermediate = 1;      ///< I
+  Act activation = Act::relu;
+  bool gated = false;
+  bool up_bias = false;
+  bool down_bias = false;
+};
+
+/// The experts that hold rows, ascending; one entry each.
+struct ActiveExpert {
+  std::int32_t expert, row_begin, rows, unused;
+};
+
+/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's.
+struct Plan {
+  ActiveExpert* active;        ///< [min(E, T * k)]
+  std::int32_t* active_count;  ///< [1]
+  std::int32_t* invalid;       ///< [1] ids that were neither an expert nor the sentinel E
+  std::int32_t* counts;        ///< [E] rows of each expert
+  std::int32_t* offsets;       ///< [E + 1] first row of each expert
+  std::int32_t* order;         ///< [T * k] row -> assignment, ascending within an expert
+  std::int32_t* row_of;        ///< [T * k] assignment -> row, or -1 if left out
+  std::int32_t* group_rows;    ///< [T * k] assignment -> rows of its expert
+};
+
+/// Bytes that a plan of this shape takes.
+std::size_t plan_bytes(const LayerShape& shape);
+
+/// The plan that lies at `memory`, which holds plan_bytes() and is aligned to 16 bytes.
+Plan plan_at(const LayerShape& shape, std::byte* memory);
+
+/// Experts' weights: the slab of expert e begins at `arena + slot_of[e] * stride`; slot_of[e] == -1
+/// means absent. Inside a slab lie [I, H] (with gate [2I, H], the gate's rows first), [H, I] and
+/// the biases, at byte offsets that are multiples of 16, as is `stride`.
+struct ExpertSlabs {
+  const std::byte* arena = nullptr;
+  std::size_t stride = 0;
+  const std::int32_t* slot_of = nullptr;  ///< [E]
+  std::size_t up_offset = 0, down_offset = 0, up_bias_offset = 0, down_bias_offset = 0;
+};
+
+/// Bytes of scratch memory of one call, aligned to 16 bytes: intermediate activations and each
+/// row's result in f32.
+std::size_t workspace_bytes(const LayerShape& shape);
+
+/// Groups assignments by expert: stable, the same on every run. Left out are those whose weight is
+/// 0, those with id E (the sentinel), and those with any other id outside [0, E), which are
+/// counted in `plan.invalid` and touch no memory.
+///
+/// ids: [T, k] i32, or i64 with `wide_ids`; weights: [T, k] f32.
+/// @throws std::invalid_argument for k or E out of range, std::runtime_error if a launch fails.
+void make_plan(const LayerShape& shape, const void* ids, bool wide_ids, const float* weights,
+               const Plan& plan, Stream stream);
+
+/// Computes the plan's rows of every expert that is present in `slabs`, into `workspace`.
+///
+/// hidden: [T, H], aligned to 16 bytes. An element of the result depends on dtype, shape and the
+/// rows of its expert in the plan, never on which experts one call computes.
+/// @throws as make_plan().
+void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidden,
+                     const ExpertSlabs& slabs, std::byte* workspace, Stream stream);
+
+/// Writes out[t] = Σ_j weights[t, j] * result(t, j), summed in f32 in the order of j, rounded once.
+/// Tokens without an assignment get 0. Every expert of the plan must have been computed.
+///
+/// weights: [T, k] f32; out: [T, H] of the shape's dtype.
+/// @throws as make_plan().
+void combine(const LayerShape& shape, const Plan& plan, const float* weights,
+             const std::byte* workspace, void* out, Stream stream);
+
+}  // namespace sida::cuda

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "expert_kernels.hpp"
+#include "launch.cuh"
+
+namespace sida::cuda {
+namespace {
+
+constexpr int plan_warps = 32;
+
+/// The expert of assignment `a`, or -1 if it is left out; `invalid` is set for an unknown id.
+template <class Id>
+__device__ int expert_of(const Id* ids, const float* weights, int a, int experts, bool& invalid) {
+  if (weights[a] == 0.0f) return -1;
+  const Id id = ids[a];
+  if (id >= 0 && id < static_cast<Id>(experts)) return static_cast<int>(id);
+  invalid |= id != static_cast<Id>(experts);
+  return -1;
+}
+
+/// Exclusive sums of counts into offsets, and the list of active experts; by one warp.
+__device__ void scan(const int* counts, int experts, const Plan& plan, int* next_row) {
+  const int lane = static_cast<int>(threadIdx.x);
+  int rows_before = 0, active_before = 0;
+  for (int first = 0; first < experts; first += 32) {
+    const int e = first + lane;
+    const int count = e < experts ? counts[e] : 0;
+    int sum = count;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    const unsigned active = __ballot_sync(~0u, count > 0);
+    const int row = rows_before + sum - count;
+    if (e < experts) {
+      plan.counts[e] = count;
+      plan.offsets[e] = next_row[e] = row;
+      if (count > 0)
+        plan.active[active_before + __popc(active & ((1u << lane) - 1))] = {e, row, count, 0};
+    }
+    rows_before += __shfl_sync(~0u, sum, 31);
+    active_before += __popc(active);
+  }
+  if (lane == 0) {
+    plan.offsets[experts] = rows_before;
+    *plan.active_count = active_before;
+  }
+}
+
+/// One block counts, scans and places. Rows are placed in the order of assignments: chunk after
+/// chunk, in a chunk warp after warp, in a warp lane after lane.
+template <class Id>
+__global__ void __launch_bounds__(plan_warps * 32)
+    plan_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
+  __shared__ int counts[max_experts];
+  __shared__ int next_row[max_experts];
+  __shared__ unsigned short in_warp[plan_warps][max_experts];
+  __shared__ int invalid_ids;
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
+  let_next_start();
+  for (int e = thread; e < experts; e += threads) {
+    counts[e] = 0;
+    for (int w = 0; w < warps; ++w) in_warp[w][e] = 0;
+  }
+  if (thread == 0) invalid_ids = 0;
+  __syncthreads();
+  for (int a = thread; a < assignments; a += threads) {
+    bool invalid = false;
+    const int e = expert_of(ids, weights, a, experts, invalid);
+    if (e >= 0) atomicAdd(&counts[e], 1);
+    if (invalid) atomicAdd(&invalid_ids, 1);
+  }
+  __syncthreads();
+  if (warp == 0) scan(counts, experts, plan, next_row);
+  if (thread == 0) *plan.invalid = invalid_ids;
+  for (int first = 0; first < assignments; first += threads) {
+    __syncthreads();
+    const int a = first + thread;
+    bool invalid = false;
+    const int e = a < assignments ? expert_of(ids, weights, a, experts, invalid) : -1;
+    const unsigned same = __match_any_sync(~0u, e);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    if (e >= 0 && rank == 0) in_warp[warp][e] = static_cast<unsigned short>(__popc(same));
+    __syncthreads();
+    int row = e >= 0 ? next_row[e] + rank : -1;
+    if (e >= 0)
+      for (int w = 0; w < warp; ++w) row += in_warp[w][e];
+    if (a < assignments) {
+      plan.row_of[a] = row;
+      plan.group_rows[a] = e >= 0 ? counts[e] : 0;
+    }
+    if (row >= 0) plan.order[row] = a;
+    __syncthreads();
+    if (first + threads >= assignments) break;
+    for (int other = thread; other < experts; other += threads) {
+      int sum = 0;
+      for (int w = 0; w < warps; ++w) {
+        sum += in_warp[w][other];
+        in_warp[w][other] = 0;
+      }
+      next_row[other] += sum;
+    }
+  }
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+int assignments_of(const LayerShape& shape) { return shape.tokens * shape.top_k; }
+
+}  // namespace
+
+Plan plan_at(const LayerShape& shape, std::byte* memory) {
+  const auto assignments = static_cast<std::size_t>(assignments_of(shape));
+  const auto experts = static_cast<std::size_t>(shape.experts);
+  const auto take = [&memory](std::size_t count) {
+    auto* part = reinterpret_cast<std::int32_t*>(memory);
+    memory += aligned(count * sizeof(std::int32_t));
+    return part;
+  };
+  Plan plan{};
+  plan.active = reinterpret_cast<ActiveExpert*>(take(4 * experts));
+  plan.active_count = take(1);
+  plan.invalid = take(1);
+  plan.counts = take(experts);
+  plan.offsets = take(experts + 1);
+  plan.order = take(assignments);
+  plan.row_of = take(assignments);
+  plan.group_rows = take(assignments);
+  return plan;
+}
+
+std::size_t plan_bytes(const LayerShape& shape) {
+  const auto assignments = static_cast<std::size_t>(assignments_of(shape));
+  const auto experts = static_cast<std::size_t>(shape.experts);
+  return aligned(16 * experts) + 2 * aligned(4) + aligned(4 * experts) + aligned(4 * experts + 4) +
+         3 * aligned(4 * assignments);
+}
+
+void make_plan(const LayerShape& shape, const void* ids, bool wide_ids, const float* weights,
+               const Plan& plan, Stream stream) {
+  if (shape.top_k < 1 || shape.top_k > max_top_k)
+    throw std::invalid_argument("expert kernels: expected top_k from 1 to " +
+                                std::to_string(max_top_k) + ", got " + std::to_string(shape.top_k));
+  if (shape.experts < 1 || shape.experts > max_experts)
+    throw std::invalid_argument("expert kernels: expected 1 to " + std::to_string(max_experts) +
+                                " experts, got " + std::to_string(shape.experts));
+  const int assignments = assignments_of(shape);
+  const int threads = assignments <= 256 ? 256 : plan_warps * 32;
+  if (wide_ids)
+    plan_kernel<<<1, threads, 0, stream>>>(static_cast<const std::int64_t*>(ids), weights,
+                                           assignments, shape.experts, plan);
+  else
+    plan_kernel<<<1, threads, 0, stream>>>(static_cast<const std::int32_t*>(ids), weights,
+                                           assignments, shape.experts, plan);
+  check(cudaGetLastError(), "launch the plan of expert rows");
+}
+
+}  // namespace sida::cuda

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "element.cuh"
+#include "expert_kernels.hpp"
+#include "splits.hpp"
+
+namespace sida::cuda {
+
+/// The two matrix products of an expert; the first one in two kinds.
+enum class Phase : std::uint8_t { up, gated_up, down };
+
+/// One product for all rows of a plan: reads hidden [T, H] (up) or activations [T * k, I] (down),
+/// writes activations of the dtype (up) or results [splits, T * k, H] in f32 (down).
+struct Product {
+  LayerShape shape;
+  Plan plan;
+  ExpertSlabs slabs;
+  const void* in;
+  void* out;
+};
+
+/// The product for one expert, as a block sees it.
+template <class Element, Phase phase>
+struct ExpertProduct {
+  static constexpr bool down = phase == Phase::down, gated = phase == Phase::gated_up;
+  const Product& product;
+  const std::byte* slab;
+  ActiveExpert expert;
+
+  __device__ int outputs() const {
+    return down ? product.shape.hidden : product.shape.intermediate;
+  }
+  __device__ int depth() const { return down ? product.shape.intermediate : product.shape.hidden; }
+
+  /// Row `index` of the weights: with a gate rows [0, I) are the gate's.
+  __device__ const Element* weights(int index) const {
+    const std::byte* part = slab + (down ? product.slabs.down_offset : product.slabs.up_offset);
+    return reinterpret_cast<const Element*>(part) + static_cast<std::size_t>(index) * depth();
+  }
+
+  /// The input of row `row` of the expert's rows.
+  __device__ const Element* input(int row) const {
+    const int sorted = expert.row_begin + row;
+    const int source = down ? sorted : product.plan.order[sorted] / product.shape.top_k;
+    return static_cast<const Element*>(product.in) + static_cast<std::size_t>(source) * depth();
+  }
+
+  __device__ float bias(int index) const {
+    if (!(down ? product.shape.down_bias : product.shape.up_bias)) return 0.0f;
+    const std::byte* part =
+        slab + (down ? product.slabs.down_bias_offset : product.slabs.up_bias_offset);
+    return to_float(reinterpret_cast<const Element*>(part)[index]);
+  }
+
+  /// Finishes output `index` of row `row`: `sum` is the weights' (with a gate: the gate's) product,
+  /// `up` the product beside the gate. Only the first split adds the bias.
+  __device__ void finish(int row, int index, int split, float sum, float up) const {
+    const std::size_t sorted = static_cast<std::size_t>(expert.row_begin + row);
+    const std::size_t at = sorted * outputs() + index;
+    if (split == 0) sum += bias(index);
+    if constexpr (down) {
+      const std::size_t part = static_cast<std::size_t>(product.shape.tokens) *
+                               product.shape.top_k * product.shape.hidden;
+      static_cast<float*>(product.out)[split * part + at] = sum;
+    } else {
+      float value = activated(product.shape.activation, sum);
+      if constexpr (gated) value *= up + bias(outputs() + index);
+      static_cast<Element*>(product.out)[at] = rounded<Element>(value);
+    }
+  }
+};
+
+}  // namespace sida::cuda

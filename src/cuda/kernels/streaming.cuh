@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <type_traits>
+
+#include "launch.cuh"
+#include "product.cuh"
+
+namespace sida::cuda {
+
+constexpr int streaming_threads = block_warps * 32;
+
+/// 16 bytes of weights, read once: past L1, which inputs need more.
+__device__ inline uint4 load_weights(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+/// 16 bytes that the kernel before may have written.
+__device__ inline uint4 load_input(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+
+/// sums += a (16 weight rows x 16) * b (16 x 8 tokens).
+template <class Element>
+__device__ void multiply(float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                         unsigned b0, unsigned b1) {
+  if constexpr (std::is_same_v<Element, __half>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/// A block computes `stripes` x 16 weight rows of one expert (blockIdx.y of the active ones) for
+/// `tiles` x 8 of its rows at a time; its warps, and with splits its blocks (blockIdx.z), share the
+/// contracted dimension, and their sums are added in order.
+///
+/// Weights go from memory straight into the registers of mma's A operand. A lane's 16 bytes are 8
+/// neighbours in k where mma expects 2 + 2 from two places; as weights and tokens are permuted
+/// alike, the products are the same. With a gate, rows 0 to 7 of a stripe are the gate's and rows 8
+/// to 15 those beside it, so that both meet in one block. Rows and tokens past the end repeat
+/// the last one, and what they give is not stored.
+template <class Element, Phase phase, int stripes, int tiles>
+__global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product product) {
+  using Task = ExpertProduct<Element, phase>;
+  constexpr int batch = stripes == 1 ? 4 : 2;  // steps whose loads are under way together
+  constexpr int stripe_outputs = Task::gated ? 8 : 16;
+  __shared__ float partial[block_warps][stripes * tiles * 128];
+
+  // What the plan says has been written before the previous kernel let this one start, so a down
+  // product may fetch weights while the up product still runs.
+  if constexpr (!Task::down) wait_for_previous();
+  const ActiveExpert expert = product.plan.active[blockIdx.y];
+  const bool active = static_cast<int>(blockIdx.y) < *product.plan.active_count;
+  const int slot = active ? product.slabs.slot_of[expert.expert] : -1;
+  const int splits = Task::down && active ? down_splits(product.shape, expert.rows) : 1;
+  const int split = static_cast<int>(blockIdx.z);
+  const bool idle = slot < 0 || split >= splits;
+  if (idle) {
+    if constexpr (Task::down) wait_for_previous();
+    return;
+  }
+  const Task task{product, product.slabs.arena + slot * product.slabs.stride, expert};
+  const int outputs = task.outputs(), depth = task.depth();
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  const int group = thread % 32 / 4, quarter = thread % 4;
+  const int first_output = static_cast<int>(blockIdx.x) * stripes * stripe_outputs;
+
+  const Element* rows[stripes][2];
+  for (int s = 0; s < stripes; ++s) {
+    const int row = first_output + s * stripe_outputs + group;
+    const int last = outputs - 1;
+    rows[s][0] = task.weights(min(row, last));
+    rows[s][1] = task.weights(Task::gated ? outputs + min(row, last) : min(row + 8, last));
+  }
+  const int steps = (depth + k_step - 1) / k_step, parts = splits * block_warps;
+  const int part = split * block_warps + warp;
+  const int begin = steps * part / parts, end = steps * (part + 1) / parts;
+
+  if constexpr (Task::down) {
+    const int ahead = min((begin + 2 * quarter) * k_step, depth - 1);
+    if (begin + 2 * quarter < end)
+      for (int s = 0; s < stripes; ++s)
+        for (int half = 0; half < 2; ++half)
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[s][half] + ahead));
+    wait_for_previous();
+  }
+  let_next_start();
+
+  for (int first = 0; first < expert.rows; first += tiles * 8) {
+    const int used = min((expert.rows - first + 7) / 8, tiles);
+    const Element* inputs[tiles];
+    for (int n = 0; n < tiles; ++n)
+      inputs[n] = task.input(min(first + n * 8 + group, expert.rows - 1));
+    float sums[stripes][tiles][4] = {};
+    for (int step = begin; step < end; step += batch) {
+      uint4 a[batch][stripes][2];
+#pragma unroll
+      for (int b = 0; b < batch; ++b) {
+        const int k = (step + b) * k_step + quarter * 8;
+        const bool inside = step + b < end && k < depth;
+#pragma unroll
+        for (int s = 0; s < stripes; ++s)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            a[b][s][half] = inside ? load_weights(rows[s][half] + k) : uint4{};
+      }
+#pragma unroll
+      for (int n = 0; n < tiles; ++n) {
+        if (n >= used) break;
+        uint4 x[batch];
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+          const int k = (step + b) * k_step + quarter * 8;
+          x[b] = step + b < end && k < depth ? load_input(inputs[n] + k) : uint4{};
+        }
+#pragma unroll
+        for (int b = 0; b < batch; ++b)
+#pragma unroll
+          for (int s = 0; s < stripes; ++s) {
+            const uint4 low = a[b][s][0], high = a[b][s][1];
+            multiply<Element>(sums[s][n], low.x, high.x, low.y, high.y, x[b].x, x[b].y);
+            multiply<Element>(sums[s][n], low.z, high.z, low.w, high.w, x[b].z, x[b].w);
+          }
+      }
+    }
+    // Tile after tile, token after token, 16 weight rows each.
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < stripes; ++s)
+#pragma unroll
+      for (int n = 0; n < tiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          partial[warp][(s * tiles + n) * 128 + (2 * quarter + i % 2) * 16 + group + i / 2 * 8] =
+              sums[s][n][i];
+    __syncthreads();
+    for (int i = thread; i < stripes * tiles * 8 * stripe_outputs; i += streaming_threads) {
+      const int output = i % stripe_outputs, token = i / stripe_outputs % 8;
+      const int tile = i / (stripe_outputs * 8), s = tile / tiles, n = tile % tiles;
+      const int row = first + n * 8 + token, index = first_output + s * stripe_outputs + output;
+      if (row >= expert.rows || index >= outputs) continue;
+      const int at = tile * 128 + token * 16 + output;
+      float sum = 0.0f, up = 0.0f;
+#pragma unroll
+      for (int w = 0; w < block_warps; ++w) {
+        sum += partial[w][at];
+        if constexpr (Task::gated) up += partial[w][at + 8];
+      }
+      task.finish(row, index, split, sum, up);
+    }
+  }
+}
+
+}  // namespace sida::cuda

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "expert_kernels.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cuda/device.hpp"
+#include "sida/ffn/slab_layout.hpp"
+#include "sida/ffn/token_groups.hpp"
+#include "support/catch.hpp"
+#include "support/random_weights.hpp"
+#include "support/reference_ffn.hpp"
+
+using namespace sida;
+using namespace sida::test;
+
+namespace {
+
+MoeConfig config_of(DataType dtype, std::int32_t experts, std::int32_t top_k, std::int32_t hidden,
+                    std::int32_t intermediate, bool gated = false,
+                    Activation activation = Activation::relu, bool biases = false) {
+  MoeConfig config;
+  config.layers = 1;
+  config.experts = experts;
+  config.top_k = top_k;
+  config.hidden_size = hidden;
+  config.intermediate_size = intermediate;
+  config.gated = gated;
+  config.activation = activation;
+  config.up_bias = config.down_bias = biases;
+  config.dtype = dtype;
+  return config;
+}
+
+cuda::LayerShape shape_of(const MoeConfig& config, std::int64_t tokens) {
+  cuda::LayerShape shape;
+  shape.dtype = config.dtype == DataType::f32   ? cuda::Dtype::f32
+                : config.dtype == DataType::f16 ? cuda::Dtype::f16
+                                                : cuda::Dtype::bf16;
+  shape.tokens = static_cast<int>(tokens);
+  shape.top_k = config.top_k;
+  shape.experts = config.experts;
+  shape.hidden = config.hidden_size;
+  shape.intermediate = config.intermediate_size;
+  shape.activation = static_cast<cuda::Act>(config.activation);
+  shape.gated = config.gated;
+  shape.up_bias = config.up_bias;
+  shape.down_bias = config.down_bias;
+  return shape;
+}
+
+struct Input {
+  Tensor hidden, ids, weights;
+};
+
+Input random_input(const MoeConfig& config, std::int64_t tokens, std::uint32_t seed,
+                   DataType ids_type = DataType::i64) {
+  Input input{random_tensor({tokens, config.hidden_size}, config.dtype, seed),
+              Tensor({tokens, config.top_k}, ids_type),
+              Tensor({tokens, config.top_k}, DataType::f32)};
+  std::mt19937 random(seed + 1);
+  for (std::int64_t a = 0; a < tokens * config.top_k; ++a) {
+    input.ids.set(a, static_cast<double>(random() % static_cast<std::uint32_t>(config.experts)));
+    input.weights.set(a, 0.25 + 0.75 * static_cast<double>(random() % 1024) / 1024);
+  }
+  return input;
+}
+
+/// One layer on the GPU. The arena has three slots that hold no expert, full of NaN, and experts
+/// lie in the others in reverse order; plan, scratch and result are NaN before each call.
+class GpuLayer {
+ public:
+  GpuLayer(const MoeConfig& config, const std::vector<std::vector<std::byte>>& slabs)
+      : config_(config), layout_(config), slots_(config.experts + 3) {
+    std::vector<std::byte> arena(layout_.slab_bytes * static_cast<std::size_t>(slots_),
+                                 std::byte{0xff});
+    for (std::int32_t e = 0; e < config.experts; ++e)
+      std::copy(slabs[static_cast<std::size_t>(e)].begin(),
+                slabs[static_cast<std::size_t>(e)].end(),
+                arena.begin() + static_cast<std::ptrdiff_t>(layout_.slab_bytes *
+                                                            static_cast<std::size_t>(slot_of(e))));
+    arena_.fill(arena);
+  }
+
+  /// Calls with the experts divided over `waves` calls of compute_experts().
+  Tensor run(const Input& input, std::int32_t waves = 1) {
+    const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0]);
+    DeviceBuffer hidden, ids, weights, plan_memory, workspace, out, slots;
+    hidden.fill(input.hidden.bytes);
+    ids.fill(input.ids.bytes);
+    weights.fill(input.weights.bytes);
+    plan_memory.poison(cuda::plan_bytes(shape));
+    workspace.poison(cuda::workspace_bytes(shape));
+    out.poison(input.hidden.bytes.size());
+    const cuda::Plan plan = cuda::plan_at(shape, plan_memory.data());
+    const auto* scales = reinterpret_cast<const float*>(weights.data());
+    cuda::make_plan(shape, ids.data(), input.ids.type == DataType::i64, scales, plan, nullptr);
+    for (std::int32_t wave = 0; wave < waves; ++wave) {
+      slots.fill(bytes_of(slots_of(wave, waves)));
+      cuda::compute_experts(shape, plan, hidden.data(), slabs_in(slots), workspace.data(), nullptr);
+      synchronize();
+    }
+    cuda::combine(shape, plan, scales, workspace.data(), out.data(), nullptr);
+    synchronize();
+    std::int32_t invalid = 0;
+    copy_to_host(&invalid, plan.invalid, sizeof(invalid));
+    invalid_ = invalid;
+    Tensor result(input.hidden.shape, config_.dtype);
+    copy_to_host(result.bytes.data(), out.data(), result.bytes.size());
+    return result;
+  }
+
+  /// Ids that were out of range in the last call.
+  std::int32_t invalid() const { return invalid_; }
+
+ private:
+  std::int32_t slot_of(std::int32_t expert) const { return slots_ - 2 - expert; }
+
+  std::vector<std::int32_t> slots_of(std::int32_t wave, std::int32_t waves) const {
+    std::vector<std::int32_t> slots;
+    for (std::int32_t e = 0; e < config_.experts; ++e)
+      slots.push_back(e % waves == wave ? slot_of(e) : -1);
+    return slots;
+  }
+
+  static std::vector<std::byte> bytes_of(const std::vector<std::int32_t>& values) {
+    std::vector<std::byte> bytes(values.size() * sizeof(std::int32_t));
+    std::memcpy(bytes.data(), values.data(), bytes.size());
+    return bytes;
+  }
+
+  cuda::ExpertSlabs slabs_in(const DeviceBuffer& slots) const {
+    return {arena_.data(),
+            layout_.slab_bytes,
+            reinterpret_cast<const std::int32_t*>(slots.data()),
+            layout_.up_offset,
+            layout_.down_offset,
+            layout_.up_bias_offset,
+            layout_.down_bias_offset};
+  }
+
+  MoeConfig config_;
+  SlabLayout layout_;
+  std::int32_t slots_;
+  DeviceBuffer arena_;
+  std::int32_t invalid_ = 0;
+};
+
+double error_of(const MoeConfig& config, const Input& input, std::int32_t waves = 1) {
+  const auto slabs = random_slabs(config, 7);
+  const Tensor out = GpuLayer(config, slabs).run(input, waves);
+  const Matrix expected = reference_layer(config, slabs, input.hidden, input.ids, input.weights);
+  return relative_error(matrix(out.bytes.data(), out.type, expected.rows(), expected.cols()),
+                        expected);
+}
+
+}  // namespace
+
+TEST_CASE("a plan is the CPU's grouping of tokens") {
+  if (!gpu_found()) return;
+  const auto experts = GENERATE(1, 5, 128, 512);
+  const auto tokens = GENERATE(0, 1, 33, 700);
+  const auto top_k = GENERATE(1, 8, 16);
+  if (top_k > experts) return;
+  CAPTURE(experts, tokens, top_k);
+  const MoeConfig config = config_of(DataType::f32, experts, top_k, 8, 8);
+  Input input = random_input(config, tokens, 3, tokens % 2 ? DataType::i32 : DataType::i64);
+  for (std::int64_t a = 0; a < input.ids.elements(); a += 5) input.weights.set(a, 0);
+
+  const TokenGroups expected = group_tokens(input.ids.view(), input.weights.view(), experts);
+  const cuda::LayerShape shape = shape_of(config, tokens);
+  DeviceBuffer ids, weights, memory;
+  ids.fill(input.ids.bytes);
+  weights.fill(input.weights.bytes);
+  memory.poison(cuda::plan_bytes(shape));
+  const cuda::Plan plan = cuda::plan_at(shape, memory.data());
+  cuda::make_plan(shape, ids.data(), input.ids.type == DataType::i64,
+                  reinterpret_cast<const float*>(weights.data()), plan, nullptr);
+  synchronize();
+
+  const auto assignments = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
+  std::int32_t active_count = -1, invalid = -1;
+  std::vector<cuda::ActiveExpert> active(static_cast<std::size_t>(experts));
+  std::vector<std::int32_t> order(assignments), row_of(assignments), group_rows(assignments);
+  copy_to_host(&active_count, plan.active_count, 4);
+  copy_to_host(&invalid, plan.invalid, 4);
+  copy_to_host(active.data(), plan.active, active.size() * sizeof(cuda::ActiveExpert));
+  copy_to_host(order.data(), plan.order, assignments * 4);
+  copy_to_host(row_of.data(), plan.row_of, assignments * 4);
+  copy_to_host(group_rows.data(), plan.group_rows, assignments * 4);
+
+  CHECK(invalid == 0);
+  REQUIRE(static_cast<std::size_t>(active_count) == expected.experts.size());
+  for (std::size_t i = 0; i < expected.experts.size(); ++i) {
+    CHECK(active[i].expert == expected.experts[i]);
+    CHECK(active[i].row_begin == expected.offsets[i]);
+    CHECK(active[i].rows == expected.offsets[i + 1] - expected.offsets[i]);
+  }
+  CHECK(std::equal(expected.row_of.begin(), expected.row_of.end(), row_of.begin()));
+  CHECK(std::equal(expected.order.begin(), expected.order.end(), order.begin()));
+}
+
+TEST_CASE("a layer is within its dtype's limit of the definition in f64") {
+  if (!gpu_found()) return;
+  const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
+  const auto tokens = GENERATE(1, 7, 40, 300);
+  struct Case {
+    std::int32_t experts, top_k, hidden, intermediate;
+    bool gated;
+    Activation activation;
+    bool biases;
+  };
+  const auto c = GENERATE(Case{8, 1, 96, 3072, false, Activation::relu, false},
+                          Case{16, 4, 128, 40, true, Activation::silu, false},
+                          Case{4, 2, 72, 200, true, Activation::gelu_tanh, true},
+                          Case{4, 2, 64, 136, false, Activation::gelu, true},
+                          Case{5, 3, 37, 21, true, Activation::silu, true},
+                          Case{3, 2, 40, 33, false, Activation::relu, true});
+  const MoeConfig config = config_of(dtype, c.experts, c.top_k, c.hidden, c.intermediate, c.gated,
+                                     c.activation, c.biases);
+  CAPTURE(name_of(dtype), tokens, c.experts, c.top_k, c.hidden, c.intermediate, c.gated, c.biases,
+          name_of(c.activation));
+  CHECK(error_of(config, random_input(config, tokens, 11)) < tolerance(dtype));
+}
+
+TEST_CASE("all tokens may go to one expert, and a token to one expert twice") {
+  if (!gpu_found()) return;
+  const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
+  const auto tokens = GENERATE(1, 6, 100);
+  const MoeConfig config = config_of(dtype, 64, 2, 64, 1536, true, Activation::silu);
+  Input input = random_input(config, tokens, 5);
+  for (std::int64_t a = 0; a < input.ids.elements(); ++a) input.ids.set(a, 63);
+  CAPTURE(name_of(dtype), tokens);
+  CHECK(error_of(config, input) < tolerance(dtype));
+}
+
+TEST_CASE("no tokens are no work") {
+  if (!gpu_found()) return;
+  const MoeConfig config = config_of(DataType::bf16, 4, 2, 64, 64);
+  CHECK(GpuLayer(config, random_slabs(config, 1)).run(random_input(config, 0, 1)).bytes.empty());
+}
+
+TEST_CASE("ids out of range are counted and left out; the sentinel and weight 0 are left out") {
+  if (!gpu_found()) return;
+  const auto type = GENERATE(DataType::i32, DataType::i64);
+  const MoeConfig config = config_of(DataType::bf16, 8, 2, 64, 128);
+  Input input = random_input(config, 20, 9, type);
+  Input kept = input;
+  const auto leave_out = [&](std::int64_t a, double id, bool weightless = false) {
+    input.ids.set(a, id);
+    if (weightless) input.weights.set(a, 0);
+    kept.weights.set(a, 0);
+  };
+  leave_out(0, 8);
+  leave_out(1, 8);
+  leave_out(5, -1);
+  leave_out(8, 9);
+  leave_out(9, std::numeric_limits<std::int32_t>::max());
+  leave_out(10, 3, true);
+  leave_out(12, -5, true);
+  if (type == DataType::i64) leave_out(13, 4294967296.0);
+  const auto slabs = random_slabs(config, 2);
+  GpuLayer layer(config, slabs);
+  const Tensor out = layer.run(input);
+  CHECK(layer.invalid() == (type == DataType::i64 ? 4 : 3));
+  CHECK(out.bytes == layer.run(kept).bytes);
+  CHECK(layer.invalid() == 0);
+  const Matrix expected = reference_layer(config, slabs, kept.hidden, kept.ids, kept.weights);
+  CHECK(relative_error(matrix(out.bytes.data(), out.type, 20, 64), expected) < 5e-3);
+}
+
+TEST_CASE("bits depend neither on the run nor on how experts are divided over calls") {
+  if (!gpu_found()) return;
+  const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
+  const auto tokens = GENERATE(1, 8, 50);
+  const MoeConfig config = config_of(dtype, 16, 4, 128, 1600, true, Activation::silu);
+  const Input input = random_input(config, tokens, 21);
+  GpuLayer layer(config, random_slabs(config, 3));
+  const Tensor once = layer.run(input);
+  CAPTURE(name_of(dtype), tokens);
+  CHECK(layer.run(input).bytes == once.bytes);
+  CHECK(layer.run(input, 2).bytes == once.bytes);
+  CHECK(layer.run(input, 16).bytes == once.bytes);
+}
+
+TEST_CASE("sizes that the kernels do not take are refused") {
+  MoeConfig config = config_of(DataType::bf16, 600, 1, 8, 8);
+  CHECK_THROWS_WITH(cuda::make_plan(shape_of(config, 1), nullptr, true, nullptr, {}, nullptr),
+                    Catch::Matchers::ContainsSubstring("expected 1 to 512 experts, got 600"));
+  config.experts = 32;
+  config.top_k = 17;
+  CHECK_THROWS_WITH(cuda::make_plan(shape_of(config, 1), nullptr, true, nullptr, {}, nullptr),
+                    Catch::Matchers::ContainsSubstring("expected top_k from 1 to 16, got 17"));
+}
