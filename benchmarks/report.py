@@ -64,21 +64,40 @@ def gains(results: Results) -> str:
             f"**Speed with all experts in memory.** {min(ratios):.1f} to {max(ratios):.1f} times "
             "that of Hugging Face's own layers."
         )
-    if "encoder_warm" in results and "encoder_cold" in results:
-        warm, cold = (results[name]["seconds"] for name in ("encoder_warm", "encoder_cold"))
-        lines.append(
-            "**Speed with a fifth of them.** "
-            f"{_ratio(warm, 'accelerate', 'none'):.1f} times accelerate's where the page cache "
-            f"holds the checkpoint, {_ratio(cold, 'accelerate', 'none'):.1f} times from the disk."
-        )
-        lines.append(
-            "**The price.** Against all experts in memory a batch takes "
-            f"{_ratio(warm, 'none', 'resident'):.1f} times as long where the page cache holds the "
-            f"checkpoint, and from the disk {_ratio(cold, 'table', 'resident'):.1f} times with "
-            f"perfect prediction, {_ratio(cold, 'none', 'resident'):.1f} times without: "
-            f"{cold['disk']['median'] / cold['table']['median']:.0%} of the former is the disk."
-        )
+    lines += _with_a_fifth(results)
+    targets = [kept for result in results.values() for kept in result.get("targets", [])]
+    missed = sum(not kept["met"] for kept in targets)
+    if targets:
+        lines.append(f"**Targets.** {missed} of {len(targets)} are missed; the page names them.")
     return "\n".join(f"- {line}" for line in lines) or _nothing()
+
+
+def _with_a_fifth(results: Results) -> list[str]:
+    """Gain and price of a fifth of the experts, from the page cache and from the disk."""
+    gain, price = [], []
+    if "encoder_warm" in results:
+        warm = results["encoder_warm"]["seconds"]
+        gain.append(
+            f"{_ratio(warm, 'accelerate', 'none'):.1f} times accelerate's where the page cache "
+            "holds the checkpoint"
+        )
+        price.append(
+            f"{_ratio(warm, 'none', 'resident'):.1f} times as long where the page cache holds the "
+            "checkpoint"
+        )
+    if "encoder_cold" in results:
+        cold = results["encoder_cold"]["seconds"]
+        gain.append(f"{_ratio(cold, 'accelerate', 'none'):.1f} times from the disk")
+        price.append(
+            f"{_ratio(cold, 'table', 'resident'):.1f} times from the disk with perfect prediction "
+            f"and {_ratio(cold, 'none', 'resident'):.1f} times without"
+        )
+    if not gain:
+        return []
+    return [
+        f"**Speed with a fifth of them.** {', '.join(gain)}.",
+        f"**The price.** Against all experts in memory a batch takes {', '.join(price)}.",
+    ]
 
 
 def machine(results: Results) -> str:
