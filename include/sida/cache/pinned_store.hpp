@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "sida/backend/cuda_backend.hpp"
+#include "sida/cache/expert_store.hpp"
+#include "sida/cache/slab_parts.hpp"
+
+namespace sida {
+
+/// The slow tier of the CUDA backend: experts in pinned host memory, in order of layer and expert
+/// as far as `host_bytes` reach; those beyond are read from `source` each time.
+class PinnedStore : public ExpertStore {
+ public:
+  /// Fills the pinned memory from `source` with `threads` threads. The backend must outlive it.
+  /// @throws OutOfMemory, what the source throws.
+  PinnedStore(CudaBackend& backend, std::shared_ptr<ExpertStore> source, std::size_t host_bytes,
+              int threads = 4)
+      : source_(std::move(source)),
+        pinned_(std::min(host_bytes / source_->slab_bytes(), total())),
+        slabs_(backend, pinned_ * source_->slab_bytes(), threads) {
+    fill(threads);
+  }
+
+  std::int32_t layers() const noexcept override { return source_->layers(); }
+  std::int32_t experts() const noexcept override { return source_->experts(); }
+  std::size_t slab_bytes() const noexcept override { return source_->slab_bytes(); }
+
+  void read(ExpertId id, std::size_t offset, std::span<std::byte> destination) override {
+    check_read(*this, id, offset, destination.size());
+    if (const std::byte* slab = pinned(id))
+      std::memcpy(destination.data(), slab + offset, destination.size());
+    else
+      source_->read(id, offset, destination);
+  }
+
+  /// The expert's slab in pinned memory, null if it is read from the source. The id is not checked.
+  const std::byte* pinned(ExpertId id) const noexcept {
+    const std::size_t index =
+        static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts()) +
+        static_cast<std::size_t>(id.expert);
+    return index < pinned_ ? slabs_.data() + index * slab_bytes() : nullptr;
+  }
+  /// Bytes of host memory that are pinned for experts.
+  std::size_t pinned_bytes() const noexcept { return slabs_.size(); }
+
+ private:
+  std::size_t total() const noexcept {
+    return static_cast<std::size_t>(source_->layers()) *
+           static_cast<std::size_t>(source_->experts());
+  }
+
+  void fill(int threads) {
+    std::atomic<std::size_t> next = 0;
+    std::mutex mutex;
+    std::exception_ptr error;
+    const auto work = [&] {
+      const auto experts = static_cast<std::size_t>(source_->experts());
+      for (std::size_t i = next++; i < pinned_; i = next++) {
+        try {
+          source_->read(
+              {static_cast<std::int32_t>(i / experts), static_cast<std::int32_t>(i % experts)}, 0,
+              {slabs_.data() + i * slab_bytes(), slab_bytes()});
+        } catch (...) {
+          const std::lock_guard lock(mutex);
+          error = std::current_exception();
+          next = pinned_;
+        }
+      }
+    };
+    {
+      std::vector<std::jthread> others;
+      for (int lane = 1; lane < threads; ++lane) others.emplace_back(work);
+      work();
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
+  std::shared_ptr<ExpertStore> source_;
+  std::size_t pinned_;
+  PinnedBuffer slabs_;
+};
+
+}  // namespace sida

@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The CUDA backend, beside sida/sida.hpp; link sida::cuda. Without CUDA's headers.
+#include "sida/backend/cuda_backend.hpp"
+#include "sida/cache/pinned_store.hpp"
+#include "sida/schedule/slab_loader_cuda.hpp"

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sida/backend/cuda_backend.hpp"
+
+#include <cuda_runtime_api.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace sida {
+namespace {
+
+std::string reason(cudaError_t status) {
+  return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
+}
+
+// Clears the thread's last error, so that the next caller does not meet ours.
+void check(cudaError_t status, const std::string& tried) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw CudaError("cuda: could not " + tried + ": " + reason(status));
+}
+
+std::string driver_message(cudaError_t status) {
+  switch (status) {
+    case cudaErrorInsufficientDriver: {
+      int driver = 0, runtime = 0;
+      cudaDriverGetVersion(&driver);
+      cudaRuntimeGetVersion(&runtime);
+      if (driver == 0) return "cuda: there is no NVIDIA driver; install one, or use device='cpu'";
+      return "cuda: expected a driver for CUDA " + std::to_string(runtime / 1000) +
+             " or later, got one for CUDA " + std::to_string(driver / 1000) + "." +
+             std::to_string(driver % 1000 / 10) + "; update the driver, or use device='cpu'";
+    }
+    case cudaErrorNoDevice:
+      return "cuda: the driver finds no GPU (is CUDA_VISIBLE_DEVICES empty?); use device='cpu'";
+    default:
+      return "cuda: could not count the GPUs: " + reason(status);
+  }
+}
+
+// Makes `device` the thread's current one for as long as it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    check(cudaGetDevice(&before_), "ask for the current device");
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "use device " + std::to_string(device));
+    restore_ = true;
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  ~DeviceScope() {
+    if (restore_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool restore_ = false;
+};
+
+// Each page is written once, by several threads: faulting pages in is what takes the time.
+void touch(std::byte* data, std::size_t bytes, int threads) {
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::size_t pages = (bytes + page - 1) / page;
+  const auto lanes =
+      std::clamp<std::size_t>(static_cast<std::size_t>(std::max(threads, 1)), 1, pages / 4096 + 1);
+  const auto walk = [&](std::size_t lane) {
+    for (std::size_t i = pages * lane / lanes; i < pages * (lane + 1) / lanes; ++i)
+      *reinterpret_cast<volatile std::byte*>(data + i * page) = std::byte{0};
+  };
+  std::vector<std::jthread> others;
+  for (std::size_t lane = 1; lane < lanes; ++lane) others.emplace_back(walk, lane);
+  walk(0);
+}
+
+}  // namespace
+
+void CudaBackend::Stream::Destroy::operator()(CUstream_st* handle) const noexcept {
+  cudaStreamDestroy(handle);
+}
+
+void CudaBackend::Event::Destroy::operator()(CUevent_st* handle) const noexcept {
+  cudaEventDestroy(handle);
+}
+
+int CudaBackend::devices() noexcept {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+int CudaBackend::device_index(std::string_view device) {
+  if (device == "cuda") return 0;
+  int index = -1;
+  const std::string_view digits = device.starts_with("cuda:") ? device.substr(5) : "";
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), index);
+  SIDA_EXPECTS(
+      error == std::errc() && end == digits.data() + digits.size() && index >= 0,
+      "device: expected 'cuda' or 'cuda:' and a number, got '" + std::string(device) + "'");
+  return index;
+}
+
+CudaBackend::CudaBackend(int device) : device_(device) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    throw CudaError(driver_message(status));
+  }
+  if (count == 0) throw CudaError(driver_message(cudaErrorNoDevice));
+  if (device < 0 || device >= count)
+    throw CudaError("cuda: expected a device from 0 to " + std::to_string(count - 1) + ", got " +
+                    std::to_string(device));
+  const DeviceScope scope(device);
+  check(cudaFree(nullptr), "start device " + std::to_string(device));
+}
+
+void* CudaBackend::allocate(std::size_t bytes) {
+  const DeviceScope scope(device_);
+  void* data = nullptr;
+  const cudaError_t status = cudaMalloc(&data, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw OutOfMemory("cuda: could not allocate " + std::to_string(bytes) + " bytes on device " +
+                      std::to_string(device_) + ", which has " + std::to_string(available_bytes()) +
+                      " free");
+  }
+  check(status, "allocate " + std::to_string(bytes) + " bytes");
+  return data;
+}
+
+void CudaBackend::deallocate(void* data, std::size_t) noexcept { cudaFree(data); }
+
+void* CudaBackend::allocate_host(std::size_t bytes, int threads) {
+  const DeviceScope scope(device_);
+  void* const data =
+      ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED)
+    throw OutOfMemory("cuda: the system has no " + std::to_string(bytes) + " bytes to pin");
+  try {
+    touch(static_cast<std::byte*>(data), bytes, threads);
+    const cudaError_t status = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      throw OutOfMemory("cuda: could not pin " + std::to_string(bytes) +
+                        " bytes of host memory; pin less (host_memory=), or raise `ulimit -l`");
+    }
+    check(status, "pin " + std::to_string(bytes) + " bytes of host memory");
+  } catch (...) {
+    ::munmap(data, bytes);
+    throw;
+  }
+  return data;
+}
+
+void CudaBackend::deallocate_host(void* data, std::size_t bytes) noexcept {
+  cudaHostUnregister(data);
+  ::munmap(data, bytes);
+}
+
+CudaBackend::Stream CudaBackend::make_stream() {
+  const DeviceScope scope(device_);
+  cudaStream_t handle = nullptr;
+  check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "make a stream");
+  Stream stream;
+  stream.handle_.reset(handle);
+  return stream;
+}
+
+CudaBackend::Event CudaBackend::make_event() {
+  const DeviceScope scope(device_);
+  cudaEvent_t handle = nullptr;
+  check(cudaEventCreateWithFlags(&handle, cudaEventDisableTiming), "make an event");
+  Event event;
+  event.handle_.reset(handle);
+  return event;
+}
+
+void CudaBackend::copy_async(void* to, const void* from, std::size_t bytes, Stream& stream) {
+  const DeviceScope scope(device_);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream.native()),
+        "copy " + std::to_string(bytes) + " bytes");
+}
+
+void CudaBackend::record(Event& event, Stream& stream) {
+  const DeviceScope scope(device_);
+  check(cudaEventRecord(event.native(), stream.native()), "record an event");
+}
+
+void CudaBackend::wait(Stream& stream, Event& event) {
+  const DeviceScope scope(device_);
+  check(cudaStreamWaitEvent(stream.native(), event.native(), 0), "wait for an event");
+}
+
+void CudaBackend::synchronize(Event& event) {
+  check(cudaEventSynchronize(event.native()), "finish work on the GPU");
+}
+
+std::size_t CudaBackend::available_bytes() const noexcept {
+  int before = 0;
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device_) != cudaSuccess) return 0;
+  std::size_t free = 0, total = 0;
+  const bool known = cudaMemGetInfo(&free, &total) == cudaSuccess;
+  cudaSetDevice(before);
+  return known ? free : 0;
+}
+
+}  // namespace sida
