@@ -7,8 +7,9 @@ namespace sida::cuda {
 
 Kernel choose_kernel(Dtype dtype, int rows, int top_k, int experts, int hidden, int intermediate) {
   if (!streams_weights(dtype, hidden, intermediate)) return Kernel::general;
-  // Where no expert can get many rows, blocks of few weight rows fill more multiprocessors.
-  const bool few_rows = rows <= 8 && rows * top_k <= 4 * experts;
+  // Up to four rows an expert on average, blocks of few weight rows and tokens leave registers for
+  // more blocks; the rare expert with more than eight rows reads its weights again, from L2.
+  const bool few_rows = rows <= 8 || rows * top_k <= 4 * experts;
   return few_rows ? Kernel::narrow : Kernel::wide;
 }
 
