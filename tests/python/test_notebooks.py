@@ -15,10 +15,11 @@ pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+PLOTS = {"policies": 2, "quickstart": 2}  # bytes and stalls; timeline and hit rates
 
 
 def test_there_is_a_notebook() -> None:
-    assert [notebook.name for notebook in NOTEBOOKS] == ["quickstart.ipynb"]
+    assert [notebook.name for notebook in NOTEBOOKS] == [f"{name}.ipynb" for name in PLOTS]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -43,5 +44,5 @@ def test_runs_and_shows_what_it_promises(path: Path, monkeypatch: pytest.MonkeyP
         for output in cell.get("outputs", ())
         if "data" in output
     ]
-    assert sum("image/png" in data for data in shown) == 2  # timeline, hit rates
+    assert sum("image/png" in data for data in shown) == PLOTS[path.stem]
     assert any("<table>" in data.get("text/html", "") for data in shown)  # statistics
