@@ -81,7 +81,7 @@ void touch(std::byte* data, std::size_t bytes, int threads) {
 }  // namespace
 
 void CudaBackend::Stream::Destroy::operator()(CUstream_st* handle) const noexcept {
-  cudaStreamDestroy(handle);
+  if (is_owned) cudaStreamDestroy(handle);
 }
 
 void CudaBackend::Event::Destroy::operator()(CUevent_st* handle) const noexcept {

@@ -21,17 +21,26 @@ namespace sida {
 /// whole device, but `deallocate`, by CUDA's own cudaFree, may.
 class CudaBackend {
  public:
-  /// A stream that does not wait for the legacy default stream; owned, move-only.
+  /// A stream, owned or borrowed; move-only. What make_stream() returns does not wait for the
+  /// legacy default stream.
   class Stream {
    public:
+    /// A stream of somebody else's, who keeps it alive; null is the legacy default stream.
+    static Stream borrow(CUstream_st* native) noexcept {
+      Stream stream;
+      stream.handle_ = {native, Destroy{false}};
+      return stream;
+    }
+
     CUstream_st* native() const noexcept { return handle_.get(); }
 
    private:
     friend CudaBackend;
     struct Destroy {
+      bool is_owned;
       void operator()(CUstream_st* handle) const noexcept;
     };
-    std::unique_ptr<CUstream_st, Destroy> handle_;
+    std::unique_ptr<CUstream_st, Destroy> handle_{nullptr, Destroy{true}};
   };
 
   /// An event without timing; owned, move-only.
