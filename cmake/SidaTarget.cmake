@@ -21,5 +21,8 @@ function(sida_own_target target)
     target_compile_options(${target} PRIVATE -fsanitize=${SIDA_SANITIZE} -fno-omit-frame-pointer
                                              -fno-sanitize-recover=all)
     target_link_options(${target} PRIVATE -fsanitize=${SIDA_SANITIZE})
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU") # false for an empty std::optional once it is instrumented
+      target_compile_options(${target} PRIVATE -Wno-maybe-uninitialized)
+    endif()
   endif()
 endfunction()
