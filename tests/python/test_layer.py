@@ -324,3 +324,21 @@ def test_the_example_of_a_pipeline_by_hand(capsys: pytest.CaptureFixture[str]) -
         expected = module.forward(batch, routers, [dense(0), dense(1)])
         assert torch.allclose(output, expected, rtol=1e-4, atol=1e-5)
     assert "'tables': 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("memory", ["1 expert", 0.5, 1.0])
+def test_nan_weights_of_an_expert_reach_the_tokens_routed_to_it_and_no_others(
+    memory: Any, dtype: str
+) -> None:
+    case = Case(dtype=dtype, top_k=1)
+    with case.layer(memory) as layer:
+        clean = np.asarray(layer(case.x, case.ids, case.weights), dtype=np.float64)
+    case.up[2], case.down[2] = np.nan, np.nan
+    hit = (case.ids == 2).any(axis=1)
+    assert hit.any() and not hit.all()
+    with case.layer(memory) as layer:
+        for _ in range(2):  # the second time its slot is another's
+            found = np.asarray(layer(case.x, case.ids, case.weights), dtype=np.float64)
+            assert np.isnan(found[hit]).all()
+            assert np.array_equal(found[~hit], clean[~hit])
