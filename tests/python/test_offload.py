@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -432,3 +433,18 @@ def test_calls_after_closing_raise() -> None:
 def test_importing_sida_imports_neither_torch_nor_transformers() -> None:
     code = "import sida, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_file_cut_short_while_running_is_an_error_and_the_next_call_is_right(
+    tmp_path: Path,
+) -> None:
+    batch = make_batch()
+    with sida.offload(make_encoder(), memory="1 expert", offload_dir=tmp_path) as off:
+        expected = run(off.model, batch)
+        (path,) = tmp_path.rglob("*.safetensors")
+        whole = path.read_bytes()
+        os.truncate(path, len(whole) // 2)
+        with pytest.raises(OSError, match="experts"):
+            run(off.model, batch)
+        path.write_bytes(whole)
+        assert torch.equal(run(off.model, batch), expected)
