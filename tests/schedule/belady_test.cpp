@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <future>
 #include <random>
 #include <vector>
 
@@ -43,13 +44,16 @@ CacheStats run(const std::vector<PassNeeds>& passes, std::int64_t slots, std::si
   Scheduled<CpuBackend, Policy> engine(std::make_shared<PatternStore>(layers, experts, 64),
                                        Budget::experts(slots));
   std::size_t built = 0;
+  std::promise<void> all_built;
   if (ahead > 0)
     engine.scheduler.start(
         [&]() -> std::optional<HashTable> {
-          if (built == passes.size()) return std::nullopt;
-          return table_of(passes[built++]);
+          if (built < passes.size()) return table_of(passes[built++]);
+          all_built.set_value();
+          return std::nullopt;
         },
         ahead);
+  if (ahead >= passes.size()) all_built.get_future().wait();  // full knowledge from the beginning
   for (const PassNeeds& needs : passes) {
     if (ahead > 0)
       engine.scheduler.next_batch();
