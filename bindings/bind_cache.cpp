@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +36,52 @@ Budget budget_of(const py::handle& memory) {
   return Budget::bytes(bytes);
 }
 
+namespace {
+
+// @throws CudaError where sida._cuda was not built, or cannot be loaded.
+const CudaPart& cuda_part() {
+  try {
+    const py::object capsule = py::module_::import("sida._cuda").attr("_part");
+    return *static_cast<const CudaPart*>(PyCapsule_GetPointer(capsule.ptr(), "sida.CudaPart"));
+  } catch (py::error_already_set& error) {
+    if (error.matches(PyExc_ModuleNotFoundError))
+      throw CudaError(
+          "cuda: this installation of sida has no CUDA part; install sida where the CUDA toolkit "
+          "(nvcc) is, or use device='cpu'");
+    if (error.matches(PyExc_ImportError))
+      throw CudaError("cuda: sida's CUDA part cannot be loaded: " + std::string(error.what()));
+    throw;
+  }
+}
+
+// Bytes of pinned memory that `host_memory` allows for experts.
+std::optional<std::size_t> host_bytes_of(const py::handle& host_memory, const Store& store) {
+  if (host_memory.is_none()) return std::nullopt;
+  const std::size_t slab = store.store->slab_bytes();
+  const std::int64_t experts = budget_of(host_memory).slots(store.config.total_experts(), slab, 0);
+  return static_cast<std::size_t>(experts) * slab;
+}
+
+std::shared_ptr<AnyCache> make_cache(const Store& store, const py::object& memory,
+                                     const std::string& policy, const std::string& device,
+                                     const py::object& host_memory) {
+  const Budget budget = budget_of(memory);
+  if (device == "cpu") {
+    SIDA_EXPECTS(host_memory.is_none(),
+                 "host_memory= bounds pinned memory and goes with device=\"cuda\"");
+    const Unlocked unlocked;
+    return make_cpu_cache(store, budget, policy);
+  }
+  SIDA_EXPECTS(device == "cuda" || device.starts_with("cuda:"),
+               "device: expected \"cpu\", \"cuda\" or \"cuda:1\", got \"" + device + "\"");
+  const CudaPart& cuda = cuda_part();
+  const std::optional<std::size_t> host_bytes = host_bytes_of(host_memory, store);
+  const Unlocked unlocked;
+  return cuda.make_cache(store, budget, policy, device, host_bytes);
+}
+
+}  // namespace
+
 void bind_cache(py::module_& module) {
   py::class_<AnyCache, std::shared_ptr<AnyCache>>(
       module, "ExpertCache",
@@ -43,24 +90,23 @@ void bind_cache(py::module_& module) {
       "all "
       "layers (\"12 experts\"). policy: fifo, lru, lfu, lookahead, auto. With arrays in RAM and a "
       "budget for all experts the arrays are used in place.")
-      .def(
-          py::init([](const Store& store, const py::object& memory, const std::string& policy,
-                      const std::string& device) {
-            const Budget budget = budget_of(memory);
-            const Unlocked unlocked;
-            return make_cache(store, budget, policy, device);
-          }),
-          py::arg("store"), py::arg("memory"), py::kw_only(), py::arg("policy") = "auto",
-          py::arg("device") = "cpu",
-          "Allocates the arena.\n\n"
-          "Raises:\n    ValueError: A budget that buys no expert, or an unknown policy or device.\n"
-          "    MemoryError: The budget is larger than the memory that is available.")
+      .def(py::init(&make_cache), py::arg("store"), py::arg("memory"), py::kw_only(),
+           py::arg("policy") = "auto", py::arg("device") = "cpu",
+           py::arg("host_memory") = py::none(),
+           "Allocates the arena.\n\n"
+           "device: \"cpu\", \"cuda\" or \"cuda:1\". For a GPU experts are read into pinned memory "
+           "first, host_memory of it (as memory; by default nine tenths of the RAM); those beyond "
+           "are read from the store each time.\n\n"
+           "Raises:\n    ValueError: A budget that buys no expert, or an unknown policy or "
+           "device.\n"
+           "    MemoryError: The budget is larger than the memory that is available.\n"
+           "    CudaError: There is no such GPU, or no CUDA part of sida.")
       .def_property_readonly("slots", &AnyCache::slots, "Experts that are resident at most.")
       .def_property_readonly("slot_bytes", &AnyCache::slot_bytes, "Bytes of one expert's slot.")
       .def_property_readonly("capacity_bytes", &AnyCache::capacity_bytes,
                              "Bytes of the arena; 0 in place.")
       .def_property_readonly("policy", &AnyCache::policy, "fifo, lru, lfu or lookahead.")
-      .def_property_readonly("device", &AnyCache::device, "cpu.")
+      .def_property_readonly("device", &AnyCache::device, "cpu, or cuda:0 and the like.")
       .def_property_readonly("in_place", &AnyCache::in_place,
                              "Whether the store's arrays are used where they are.")
       .def(
@@ -79,6 +125,9 @@ void bind_cache(py::module_& module) {
             cache.resize(budget);
           },
           py::arg("memory"), "Replaces the arena; waits until no expert is in use, and drops all.");
+  module.def(
+      "check_cuda", [](const std::string& device) { cuda_part().check(device); }, py::arg("device"),
+      "Raises CudaError, saying what to do, unless experts can be computed on this GPU.");
 }
 
 }  // namespace sida::bindings

@@ -14,29 +14,35 @@
 namespace sida::bindings {
 namespace {
 
-py::object output_for(const py::object& out, const py::object& hidden_states, const Array& hidden) {
-  return out.is_none() ? empty_array(hidden_states, hidden.type(), hidden.shape()) : out;
+Place place_of(const AnyExperts& experts, const py::object& stream, const py::object& hidden) {
+  const int device = experts.cuda_device();
+  return {device, stream_of(stream, hidden, device)};
 }
 
 py::object forward(AnyExperts& self, const py::object& hidden_states, const py::object& top_k_index,
-                   const py::object& top_k_weights, const py::object& out) {
-  const Array hidden(hidden_states, "hidden_states");
-  const Array ids(top_k_index, "top_k_index");
-  const Array weights(top_k_weights, "top_k_weights");
-  const py::object result = output_for(out, hidden_states, hidden);
-  const TensorView view = Array(result, "out").writable();
+                   const py::object& top_k_weights, const py::object& out,
+                   const py::object& stream) {
+  const Place place = place_of(self, stream, hidden_states);
+  const Array hidden(hidden_states, "hidden_states", place);
+  const Array ids(top_k_index, "top_k_index", place);
+  const Array weights(top_k_weights, "top_k_weights", place);
+  const py::object result = out.is_none() ? empty_array(hidden_states) : out;
+  const Array written(result, "out", place);
+  const TensorView view = written.writable();
   const Unlocked unlocked;
-  self.forward(hidden.view(), ids.view(), weights.view(), view);
+  self.forward(hidden.view(), ids.view(), weights.view(), view, place.stream);
   return result;
 }
 
 py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
-                             const py::object& out) {
-  const Array hidden(hidden_states, "hidden_states");
-  const py::object result = output_for(out, hidden_states, hidden);
-  const TensorView view = Array(result, "out").writable();
+                             const py::object& out, const py::object& stream) {
+  const Place place = place_of(self, stream, hidden_states);
+  const Array hidden(hidden_states, "hidden_states", place);
+  const py::object result = out.is_none() ? empty_array(hidden_states) : out;
+  const Array written(result, "out", place);
+  const TensorView view = written.writable();
   const Unlocked unlocked;
-  self.forward_predicted(hidden.view(), view);
+  self.forward_predicted(hidden.view(), view, place.stream);
   return result;
 }
 
@@ -46,8 +52,11 @@ void bind_experts(py::module_& module) {
   py::class_<AnyExperts, std::shared_ptr<AnyExperts>>(
       module, "OffloadedExperts", py::release_gil_before_calling_cpp_dtor(),
       "The experts of one MoE layer. Calls from several threads take turns.\n\n"
-      "Arrays are whatever has __dlpack__ and is contiguous in RAM; results are of the kind of "
-      "hidden_states. threads=0 takes one a core; layers of one scheduler share the first's "
+      "Arrays are whatever has __dlpack__ and is contiguous, in RAM or, with a cache on a GPU, "
+      "there; results are of the kind of hidden_states. On a GPU calls return when the work is "
+      "enqueued, in the order of `stream`: a cudaStream_t, an object that has one, or by default "
+      "the current stream of torch, for other libraries the legacy default stream. threads=0 takes "
+      "one a core; layers of one scheduler share the first's "
       "threads.")
       .def(
           py::init([](AnyScheduler& scheduler, std::int32_t layer, int threads, bool skip_padding) {
@@ -63,16 +72,18 @@ void bind_experts(py::module_& module) {
           "Raises:\n    IndexError: No such layer.")
       .def("forward", &forward, py::arg("hidden_states"), py::arg("top_k_index"),
            py::arg("top_k_weights"), py::kw_only(), py::arg("out") = py::none(),
+           py::arg("stream") = py::none(),
            "out[t] = sum over j of weights[t, j] * expert index[t, j] (hidden[t]).\n\n"
            "hidden_states [T, H] of the config's dtype; top_k_index [T, k] int32 or int64; "
            "top_k_weights [T, k] float32 or the config's dtype. Choices of weight 0 are left out. "
            "Writes to out, where it is given.\n\n"
-           "Raises:\n    IndexError: An id out of range; nothing is written.\n"
+           "Raises:\n    IndexError: An id out of range; on the CPU nothing is written then. On a "
+           "GPU it counts as left out, and a later call or stats() may be what raises.\n"
            "    ValueError: A shape, dtype or device that does not fit.\n"
            "    OSError: An expert could not be read.\n"
            "    RuntimeError: The scheduler was closed.")
       .def("forward_predicted", &forward_predicted, py::arg("hidden_states"), py::kw_only(),
-           py::arg("out") = py::none(),
+           py::arg("out") = py::none(), py::arg("stream") = py::none(),
            "As forward, with experts and scales from the pass's hash table.\n\n"
            "Rows of padding are zeros.\n\n"
            "Raises:\n    RuntimeError: The pass has no table, or none for this layer.")

@@ -42,7 +42,7 @@ using Arrays = std::vector<Array>;
 void add_part(const py::handle& object, const std::string& name, const MoeConfig& config,
               const std::vector<std::int64_t>& shape, std::size_t offset, Arrays& arrays,
               std::vector<ArrayPart>& parts) {
-  Array array(object, name);
+  Array array(object, name.c_str());
   const ConstTensorView view = array.view();
   const ConstTensorView expected{nullptr, config.dtype, shape};
   SIDA_EXPECTS(view.type == config.dtype && view.shape == shape,

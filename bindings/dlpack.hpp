@@ -3,10 +3,11 @@
 
 #include <cstdint>
 
-// The part of DLPack's ABI that arrays cross with: the versioned form (1.x) and the one before it.
+// The part of DLPack's ABI that arrays cross with: the versioned form (1.x), the one before it, and
+// the table of functions by which libraries of DLPack 1.3 lend arrays without a call of Python's.
 namespace sida::dlpack {
 
-enum DeviceType : std::int32_t { cpu = 1 };
+enum DeviceType : std::int32_t { cpu = 1, cuda = 2, cuda_host = 3 };
 enum TypeCode : std::uint8_t {
   integer = 0,
   unsigned_integer = 1,
@@ -54,6 +55,19 @@ struct ManagedVersioned {
   void (*deleter)(ManagedVersioned*);
   std::uint64_t flags;
   Tensor tensor;
+};
+
+/// What a type's `__dlpack_c_exchange_api__` points to. Functions return 0, or -1 with Python's
+/// error set; none of them waits for a stream.
+struct Exchange {
+  Version version;
+  Exchange* older;
+  int (*allocate)(Tensor* prototype, ManagedVersioned** out, void* context,
+                  void (*set_error)(void* context, const char* kind, const char* message));
+  int (*lend)(void* object, ManagedVersioned** out);
+  int (*wrap)(ManagedVersioned* tensor, void** out);
+  int (*describe)(void* object, Tensor* out);
+  int (*current_stream)(DeviceType type, std::int32_t device, void** out);
 };
 
 }  // namespace sida::dlpack

@@ -1,147 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine.hpp"
 
-#include <mutex>
-#include <utility>
-
 #include "sida/backend/cpu_backend.hpp"
-#include "sida/cache/fifo_policy.hpp"
-#include "sida/cache/lfu_policy.hpp"
-#include "sida/cache/look_ahead_policy.hpp"
-#include "sida/cache/lru_policy.hpp"
-#include "sida/ffn/expert_ffn_cpu.hpp"
-#include "sida/layer/offloaded_experts.hpp"
+#include "sida/ffn/routed_call_cpu.hpp"
+// The backend's headers come first.
+#include "engine_of.hpp"
 
 namespace sida::bindings {
-namespace {
 
-template <Backend B, EvictionPolicy Policy>
-class Experts : public AnyExperts {
- public:
-  Experts(OffloadedExperts<B, Policy> layer, std::shared_ptr<void> engine)
-      : engine_(std::move(engine)), layer_(std::move(layer)) {}
-
-  void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
-               const ConstTensorView& weights, const TensorView& out) override {
-    layer_.forward(hidden, ids, weights, out);
-  }
-  void forward_predicted(const ConstTensorView& hidden, const TensorView& out) override {
-    layer_.forward_predicted(hidden, out);
-  }
-  bool has_prediction() const override { return layer_.has_prediction(); }
-  void set_threads(int threads) override {
-    const auto turn = layer_.scheduler().turn();
-    layer_.ffn().set_threads(threads);
-  }
-
- private:
-  std::shared_ptr<void> engine_;  // outlives the layer
-  OffloadedExperts<B, Policy> layer_;
-};
-
-template <Backend B, EvictionPolicy Policy>
-class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Scheduler<B, Policy>> {
- public:
-  Scheduler(B& backend, ExpertCache<B, Policy>& cache, const MoeConfig& config,
-            const SchedulerOptions& options, std::shared_ptr<void> owner)
-      : owner_(std::move(owner)),
-        config_(config),
-        scheduler_(std::make_shared<OffloadScheduler<B, Policy>>(backend, cache, options)) {}
-
-  const MoeConfig& config() const override { return config_; }
-  void start(HashBuilder::Source source, std::size_t ahead) override {
-    scheduler_->start(std::move(source), ahead);
-  }
-  bool wait_for_batch(std::chrono::milliseconds longest) override {
-    return scheduler_->wait_for_batch(longest);
-  }
-  bool next_batch() override { return scheduler_->next_batch(); }
-  void stop() override { scheduler_->stop(); }
-  void begin_pass(std::optional<HashTable> table, std::uint64_t key,
-                  std::span<const std::uint8_t> mask) override {
-    scheduler_->begin_pass(std::move(table), key, mask);
-  }
-  void set_mask(std::span<const std::uint8_t> mask) override { scheduler_->set_mask(mask); }
-  void end_pass() override { scheduler_->end_pass(); }
-  const HashTable* table() const override { return scheduler_->table(); }
-  std::uint64_t key() const override { return scheduler_->key(); }
-  CacheStats stats() const override { return scheduler_->stats(); }
-  void reset_stats() override { scheduler_->reset_stats(); }
-  std::vector<TraceEvent> trace() override { return scheduler_->trace().events(); }
-  HashTable recorded() override { return scheduler_->recorder().table(); }
-  RunTimes times() override {
-    return run_times(scheduler_->trace().events(), scheduler_->layers(),
-                     scheduler_->cache().slot_bytes());
-  }
-  void resize(const Budget& budget) override { scheduler_->resize(budget); }
-  void close() override { scheduler_->close(); }
-
-  std::shared_ptr<AnyExperts> make_experts(std::int32_t layer, int threads,
-                                           bool skip_padding) override {
-    {
-      const std::lock_guard lock(ffn_mutex_);
-      if (!ffn_) ffn_ = std::make_shared<ExpertFfn<B>>(config_, threads);
-    }
-    OffloadedExperts<B, Policy> experts(config_, layer, scheduler_, ffn_);
-    experts.set_skip_padding(skip_padding);
-    return std::make_shared<Experts<B, Policy>>(std::move(experts), this->shared_from_this());
-  }
-
- private:
-  std::shared_ptr<void> owner_;  // the cache, which outlives the scheduler
-  MoeConfig config_;
-  std::shared_ptr<OffloadScheduler<B, Policy>> scheduler_;
-  std::mutex ffn_mutex_;
-  std::shared_ptr<ExpertFfn<B>> ffn_;  // shared by the layers
-};
-
-template <Backend B, EvictionPolicy Policy>
-class Cache : public AnyCache, public std::enable_shared_from_this<Cache<B, Policy>> {
- public:
-  Cache(const Store& store, const Budget& budget)
-      : store_(store), cache_(backend_, store.store, budget) {}
-
-  const Store& store() const override { return store_; }
-  std::string policy() const override { return std::string(Policy::name()); }
-  std::string device() const override { return std::string(B::name()); }
-  std::int64_t slots() const override { return cache_.slots(); }
-  std::size_t slot_bytes() const override { return cache_.slot_bytes(); }
-  std::size_t capacity_bytes() const override { return cache_.capacity_bytes(); }
-  bool in_place() const override { return cache_.in_place(); }
-  std::vector<ExpertId> resident() const override { return cache_.resident(); }
-  void resize(const Budget& budget) override { cache_.resize(budget); }
-  std::shared_ptr<AnyScheduler> make_scheduler(const SchedulerOptions& options) override {
-    return std::make_shared<Scheduler<B, Policy>>(backend_, cache_, store_.config, options,
-                                                  this->shared_from_this());
-  }
-
- private:
-  Store store_;
-  B backend_;
-  ExpertCache<B, Policy> cache_;
-};
-
-template <class T>
-struct Type {};
-
-/// Calls `function` with the policy of that name.
-template <class F>
-auto with_policy(const std::string& name, F&& function) {
-  if (name == "lookahead" || name == "auto") return function(Type<LookAheadPolicy>{});
-  if (name == "fifo") return function(Type<FifoPolicy>{});
-  if (name == "lru") return function(Type<LruPolicy>{});
-  if (name == "lfu") return function(Type<LfuPolicy>{});
-  throw InvalidArgument("policy: expected fifo, lru, lfu, lookahead or auto, got \"" + name + "\"");
-}
-
-}  // namespace
-
-std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
-                                     const std::string& policy, const std::string& device) {
-  SIDA_EXPECTS(device == "cpu",
-               "device: expected \"cpu\" (this build has no other), got \"" + device + "\"");
+std::shared_ptr<AnyCache> make_cpu_cache(const Store& store, const Budget& budget,
+                                         const std::string& policy) {
   return with_policy(policy, [&]<EvictionPolicy Policy>(Type<Policy>) -> std::shared_ptr<AnyCache> {
-    return std::make_shared<Cache<CpuBackend, Policy>>(store, budget);
+    return std::make_shared<Cache<CpuBackend, Policy>>(CpuBackend(), store, store.store, budget);
   });
 }
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "place.hpp"
 #include "sida/cache/budget.hpp"
 #include "sida/cache/cache_stats.hpp"
 #include "sida/cache/expert_store.hpp"
@@ -23,7 +24,8 @@
 namespace sida::bindings {
 
 // Cache, scheduler and layer behind interfaces: Python picks backend and policy by argument, C++ at
-// compile time. engine.cpp has one instantiation for each.
+// compile time. engine_of.hpp has what stands behind the interfaces, engine.cpp and cuda/ its
+// instantiations.
 
 /// What Python calls an ExpertStore: a store, and what its slabs mean.
 struct Store {
@@ -37,8 +39,11 @@ class AnyExperts {
  public:
   virtual ~AnyExperts() = default;
   virtual void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
-                       const ConstTensorView& weights, const TensorView& out) = 0;
-  virtual void forward_predicted(const ConstTensorView& hidden, const TensorView& out) = 0;
+                       const ConstTensorView& weights, const TensorView& out, Stream stream) = 0;
+  virtual void forward_predicted(const ConstTensorView& hidden, const TensorView& out,
+                                 Stream stream) = 0;
+  /// The GPU that arrays are to be on; -1: in RAM.
+  virtual int cuda_device() const = 0;
   virtual bool has_prediction() const = 0;
   virtual void set_threads(int threads) = 0;
 };
@@ -87,9 +92,20 @@ class AnyCache {
 ReplayResult replay(const std::string& policy, const HashTable& routing, const HashTable& foretold,
                     const ReplayOptions& options);
 
-/// `policy`: fifo, lru, lfu, lookahead or auto; `device`: cpu.
+/// A cache in RAM. `policy`: fifo, lru, lfu, lookahead or auto.
 /// @throws InvalidArgument for other names, and as ExpertCache.
-std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
-                                     const std::string& policy, const std::string& device);
+std::shared_ptr<AnyCache> make_cpu_cache(const Store& store, const Budget& budget,
+                                         const std::string& policy);
+
+/// What sida._core reaches sida._cuda through.
+struct CudaPart {
+  /// A cache on a GPU, of experts in at most `host_bytes` of pinned memory (by default nine tenths
+  /// of the RAM). @throws as make_cpu_cache, CudaError.
+  std::shared_ptr<AnyCache> (*make_cache)(const Store& store, const Budget& budget,
+                                          const std::string& policy, const std::string& device,
+                                          std::optional<std::size_t> host_bytes);
+  /// @throws InvalidArgument, CudaError unless there is a GPU of this name.
+  void (*check)(const std::string& device);
+};
 
 }  // namespace sida::bindings

@@ -39,6 +39,8 @@
 
 #include "sida/ffn/expert_ffn.hpp"
 #include "sida/ffn/expert_ffn_cpu.hpp"
+#include "sida/ffn/routed_call.hpp"
+#include "sida/ffn/routed_call_cpu.hpp"
 #include "sida/ffn/slab_layout.hpp"
 #include "sida/ffn/token_groups.hpp"
 

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from sida._core import CudaError, ExpertCache, ExpertStore, MoeConfig, OffloadScheduler
+from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadScheduler, check_cuda
 from sida._core import OffloadedExperts as _Layer
 from sida.stats import Stats, collect
 
@@ -61,29 +61,31 @@ class LayerExperts:
             top_k_index: [T, k] int32 or int64.
             top_k_weights: [T, k] float32 or the experts' dtype; a choice of weight 0 is left out.
             out: [T, H] to write to, instead of a new array.
-            stream: Of a GPU; None on the CPU.
+            stream: Of a GPU, in whose order arrays are read and written: a cudaStream_t as an int,
+                or an object with one (torch.cuda.Stream, cupy.cuda.Stream). By default torch's
+                current stream, for arrays of other libraries the legacy default stream. The call
+                returns when the work is enqueued. None on the CPU.
 
         Raises:
-            IndexError: An expert's id is out of range; nothing was computed then.
+            IndexError: An expert's id is out of range; on the CPU nothing was computed then. A GPU
+                leaves such a choice out, and the error may come from a later call or from stats().
             ValueError: Shapes or dtypes do not fit.
             RuntimeError: Gradients are wanted, or the scheduler was closed.
         """
-        if stream is not None:
-            raise ValueError("expected stream=None: the experts are computed on the CPU")
         self._prepare(hidden_states, top_k_weights)
         arrays = [_detached(array) for array in (hidden_states, top_k_index, top_k_weights)]
-        result = self._layer.forward(*arrays, out=out)
+        result = self._layer.forward(*arrays, out=out, stream=stream)
         self._calls, self._tokens = self._calls + 1, self._tokens + len(hidden_states)
         return result
 
-    def predicted(self, hidden_states: Any, *, out: Any = None) -> Any:
+    def predicted(self, hidden_states: Any, *, out: Any = None, stream: Any = None) -> Any:
         """Compute as `__call__`, with experts and scales from the hash table of the pass.
 
         Raises:
             RuntimeError: The pass has no table, or one that foretells nothing for this layer.
         """
         self._prepare(hidden_states)
-        return self._layer.forward_predicted(_detached(hidden_states), out=out)
+        return self._layer.forward_predicted(_detached(hidden_states), out=out, stream=stream)
 
     def _prepare(self, *arrays: Any) -> None:
         _refuse_gradients(*arrays)
@@ -115,7 +117,10 @@ class OffloadedExperts(LayerExperts):
         policy: str = "auto",
         threads: int | None = None,
     ) -> None:
-        """Take the arrays as the slow tier; they are kept, and never copied whole.
+        """Take the arrays as the slow tier.
+
+        On the CPU they are kept, and never copied whole. For a GPU they are copied to pinned memory
+        and let go.
 
         Args:
             up_proj: [E, I, H]; gated: [E, 2 I, H], the gate's rows first.
@@ -126,14 +131,17 @@ class OffloadedExperts(LayerExperts):
                 "20%"), or a count ("12 experts", "1 expert"). If all fit, they are used in place.
             up_bias: [E, I], gated [E, 2 I], or None.
             down_bias: [E, H], or None.
-            device: Where experts are computed; by default where the arrays are.
+            device: Where experts are computed, "cpu", "cuda" or "cuda:1"; by default where the
+                arrays are.
             policy: "fifo", "lru", "lfu", "lookahead" or "auto".
             threads: For computing; by default as many as torch uses, where torch is loaded.
 
         Raises:
             ValueError: Shapes or dtypes do not fit, or the budget is too small.
+            MemoryError: The budget is larger than what the GPU has free.
+            CudaError: There is no such GPU, or no CUDA part of sida.
         """
-        _check_device(device)
+        place = _device(up_proj if device is None else device)
         up, down = _shape(up_proj, "up_proj", 3), _shape(down_proj, "down_proj", 3)
         experts, hidden, intermediate = down
         expected = (experts, 2 * intermediate if gated else intermediate, hidden)
@@ -156,9 +164,10 @@ class OffloadedExperts(LayerExperts):
             down_bias=down_bias is not None,
             dtype=_dtype(up_proj),
         )
-        parts = [_detached(part) for part in (up_proj, down_proj, up_bias, down_bias)]
+        parts = [_in_ram(_detached(part)) for part in (up_proj, down_proj, up_bias, down_bias)]
         rows = [tuple(None if part is None else part[e] for part in parts) for e in range(experts)]
-        self._cache = ExpertCache(ExpertStore.from_arrays(config, [rows]), memory, policy=policy)
+        store = ExpertStore.from_arrays(config, [rows])
+        self._cache = ExpertCache(store, memory, policy=policy, device=place)
         self._scheduler = OffloadScheduler(self._cache)
         self._experts = experts
         super().__init__(self._scheduler, 0, threads=threads)
@@ -238,13 +247,25 @@ def _refuse_gradients(*arrays: Any) -> None:
         )
 
 
-def _check_device(device: Any) -> None:
-    if device is None:
-        return
-    kind = str(device).partition(":")[0]
-    if kind == "cuda":
-        raise CudaError(
-            'this build of sida has no CUDA backend: pass arrays in RAM and device="cpu"'
-        )
-    if kind != "cpu":
-        raise ValueError(f'expected device="cpu", got {device!r}')
+def _device(place: Any) -> str:
+    """Return the device that a name, a torch.device or an array stands for.
+
+    Raises:
+        ValueError: sida does not compute there.
+        CudaError: There is no such GPU, or no CUDA part of sida.
+    """
+    if hasattr(place, "__dlpack_device__"):
+        kind, index = place.__dlpack_device__()
+        name = {1: "cpu", 2: f"cuda:{index}", 3: "cpu"}.get(int(kind), f"DLPack device {kind}")
+    else:
+        name = str(place)
+    if name.partition(":")[0] == "cuda":
+        check_cuda(name)
+    elif name != "cpu":
+        raise ValueError(f'expected device="cpu" or device="cuda", got {name!r}')
+    return name
+
+
+def _in_ram(array: Any) -> Any:
+    # torch's tensors on a GPU; other libraries are asked for arrays in RAM
+    return array.cpu() if hasattr(array, "cpu") else array

@@ -11,19 +11,18 @@
 #include <thread>
 #include <vector>
 
+#include "device_scope.hpp"
+
 namespace sida {
 namespace {
+
+using cuda::DeviceScope;
 
 std::string reason(cudaError_t status) {
   return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
 }
 
-// Clears the thread's last error, so that the next caller does not meet ours.
-void check(cudaError_t status, const std::string& tried) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();
-  throw CudaError("cuda: could not " + tried + ": " + reason(status));
-}
+void check(cudaError_t status, const std::string& tried) { cuda::expect(status, tried.c_str()); }
 
 std::string driver_message(cudaError_t status) {
   switch (status) {
@@ -42,26 +41,6 @@ std::string driver_message(cudaError_t status) {
       return "cuda: could not count the GPUs: " + reason(status);
   }
 }
-
-// Makes `device` the thread's current one for as long as it lives.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    check(cudaGetDevice(&before_), "ask for the current device");
-    if (before_ == device) return;
-    check(cudaSetDevice(device), "use device " + std::to_string(device));
-    restore_ = true;
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-  ~DeviceScope() {
-    if (restore_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool restore_ = false;
-};
 
 // Each page is written once, by several threads: faulting pages in is what takes the time.
 void touch(std::byte* data, std::size_t bytes, int threads) {
@@ -196,6 +175,13 @@ void CudaBackend::record(Event& event, Stream& stream) {
 void CudaBackend::wait(Stream& stream, Event& event) {
   const DeviceScope scope(device_);
   check(cudaStreamWaitEvent(stream.native(), event.native(), 0), "wait for an event");
+}
+
+bool CudaBackend::is_complete(Event& event) {
+  const cudaError_t status = cudaEventQuery(event.native());
+  if (status == cudaErrorNotReady) return false;
+  check(status, "finish work on the GPU");
+  return true;
 }
 
 void CudaBackend::synchronize(Event& event) {

@@ -3,13 +3,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "device_scope.hpp"
 #include "expert_kernels.hpp"
+#include "pinned_ring.hpp"
+#include "routing_log.hpp"
 #include "sida/backend/buffer.hpp"
+#include "sida/ffn/token_groups.hpp"
 
 namespace sida {
 namespace {
@@ -75,6 +79,13 @@ void launched(F&& f) {
 
 }  // namespace
 
+template <>
+class KeptExperts<CudaBackend> {
+ public:
+  const std::byte* arena = nullptr;
+  Buffer<CudaBackend> slots;  ///< [E] i32, see cuda::ExpertSlabs
+};
+
 /// One layer call at a time, and the buffers that calls share.
 class ExpertFfn<CudaBackend>::Call {
  public:
@@ -84,158 +95,200 @@ class ExpertFfn<CudaBackend>::Call {
         layout_(config),
         shape_(shape_of(config)),
         stream_(backend.make_stream()),
-        done_(backend.make_event()) {
-    const std::size_t bytes = static_cast<std::size_t>(config.experts) * sizeof(std::int32_t);
-    slots_host_ = PinnedBuffer(backend, bytes);
-    slots_ = Buffer<CudaBackend>(backend, bytes);
-  }
+        waited_(backend.make_event()),
+        slots_(backend, slot_bytes()),
+        uploads_(backend),
+        log_(backend, config.experts) {}
   ~Call() {
     try {
-      finish();
+      abandon();
+      if (last_) backend_.synchronize(*last_);
     } catch (const CudaError&) {  // nothing more to wait for
     }
   }
 
   void set_stream(CUstream_st* stream) {
     if (stream_.native() == stream) return;
-    finish();  // buffers are handed from one stream to the other
+    abandon();
     stream_ = CudaBackend::Stream::borrow(stream);
+    if (last_) backend_.wait(stream_, *last_);  // buffers pass from one stream to the other
   }
   CUstream_st* stream() const noexcept { return stream_.native(); }
   const MoeConfig& config() const noexcept { return config_; }
   std::size_t workspace_bytes() const noexcept {
-    return plan_.size() + weights_.size() + workspace_.size() + slots_.size();
+    return plan_.size() + routing_.size() + keep_.size() + workspace_.size() + slots_.size();
+  }
+  void settle() { log_.settle(); }
+
+  void begin(const ConstTensorView& hidden, const Routing& routing, Account account) {
+    check(hidden, routing);
+    abandon();
+    shape_.tokens = static_cast<int>(hidden.shape[0]);
+    shape_.top_k = static_cast<int>(routing.ids.shape[1]);
+    hidden_ = hidden.data;
+    is_foretold_ = routing.is_foretold;
+    entry_ = &log_.begin(shape_.tokens, shape_.top_k, routing.mask, std::move(account), slack);
+    const cuda::DeviceScope scope(backend_.device());
+    reserve(workspace_, cuda::workspace_bytes(shape_));
+    reserve(plan_, cuda::plan_bytes(shape_));
+    reserve(routing_, 2 * assignments() * sizeof(float));
+    if (routing.is_foretold)
+      upload(routing);
+    else
+      take(routing);
+    launched([&] { cuda::make_plan(shape_, ids(), false, weights(), plan(), stream_.native()); });
   }
 
-  void begin(const ConstTensorView& hidden, const TokenGroups& groups) {
-    check_tokens(hidden.shape, hidden.type, groups.tokens, "hidden states", hidden.describe());
-    SIDA_EXPECTS(groups.top_k <= cuda::max_top_k,
-                 "cuda: expected at most " + std::to_string(cuda::max_top_k) +
-                     " choices a token, got " + std::to_string(groups.top_k));
-    SIDA_EXPECTS(groups.tokens * groups.top_k <= max_assignments,
-                 "cuda: expected at most " + std::to_string(max_assignments) +
-                     " rows in a call, got " + std::to_string(groups.tokens * groups.top_k) +
-                     "; split the batch");
-    in_call_ = false;
-    finish();  // the host's buffers of the call before are free again
-    shape_.tokens = static_cast<int>(groups.tokens);
-    shape_.top_k = groups.top_k;
-    hidden_ = hidden.data;
-    experts_ = groups.experts;
-    offsets_ = groups.offsets;
-    rows_left_ = groups.rows();
-    reserve(workspace_, cuda::workspace_bytes(shape_));
-    upload_plan(groups);
-    in_call_ = true;
+  const std::vector<std::int32_t>& experts() {
+    expect_call("experts");
+    if (is_foretold_) {
+      experts_ = active_experts(entry_->routed());
+      return experts_;
+    }
+    experts_.clear();
+    if (shape_.tokens == 0) return experts_;
+    const cuda::Plan plan = this->plan();
+    const auto distance = static_cast<std::size_t>(plan.counts - plan.invalid);
+    SIDA_EXPECTS(distance <= slack, "cuda: the plan's counts lie too far behind its invalid ids");
+    const std::size_t count = distance + static_cast<std::size_t>(config_.experts);
+    backend_.copy_async(entry_->counts(), plan.invalid, count * sizeof(std::int32_t), stream_);
+    backend_.record(waited_, stream_);
+    backend_.synchronize(waited_);
+    if (entry_->counts()[0] != 0) {
+      const cuda::RoutingLog::Entry& entry = *entry_;
+      abandon();
+      log_.expect_experts(entry);
+    }
+    for (std::int32_t e = 0; e < config_.experts; ++e)
+      if (entry_->counts()[distance + static_cast<std::size_t>(e)] > 0) experts_.push_back(e);
+    return experts_;
   }
+  std::vector<std::uint8_t> counted() const { return sida::counted(entry_->routed(), experts_); }
 
   void compute(std::span<const ExpertTask> tasks) {
     expect_call("compute");
     if (tasks.empty()) return;
-    auto* const slot_of = reinterpret_cast<std::int32_t*>(slots_host_.data());
-    std::fill_n(slot_of, config_.experts, -1);
     const std::byte* arena = slab_of(tasks.front());
     for (const ExpertTask& task : tasks) arena = std::min(arena, slab_of(task));
-    std::int64_t rows = 0;
+    auto* const slot_of = reinterpret_cast<std::int32_t*>(uploads_.next(slot_bytes()));
+    std::fill_n(slot_of, config_.experts, -1);
     for (const ExpertTask& task : tasks) {
-      const auto distance = static_cast<std::size_t>(slab_of(task) - arena);
-      SIDA_EXPECTS(distance % layout_.slab_bytes == 0,
-                   "compute: expected slabs multiples of " + std::to_string(layout_.slab_bytes) +
-                       " bytes apart, got " + std::to_string(distance));
-      slot_of[expert_of(task)] = static_cast<std::int32_t>(distance / layout_.slab_bytes);
-      rows += task.row_end - task.row_begin;
+      SIDA_EXPECTS(0 <= task.expert && task.expert < config_.experts,
+                   "compute: expected an expert from 0 to " + std::to_string(config_.experts - 1) +
+                       ", got " + std::to_string(task.expert));
+      slot_of[task.expert] = slot_of_slab(slab_of(task), arena);
     }
-    SIDA_EXPECTS(rows <= rows_left_, "compute: expected each row once, got " +
-                                         std::to_string(rows - rows_left_) + " again");
-    backend_.copy_async(slots_.data(), slot_of, slots_.size(), stream_);
-    launched([&] {
-      cuda::compute_experts(shape_, cuda::plan_at(shape_, plan_.data()), hidden_, slabs(arena),
-                            workspace_.data(), stream_.native());
-    });
-    backend_.record(done_, stream_);
-    backend_.synchronize(done_);
-    rows_left_ -= rows;
+    const cuda::DeviceScope scope(backend_.device());
+    uploads_.send(slots_.data(), slot_bytes(), stream_);
+    launch_experts(arena, slots_);
+    backend_.record(waited_, stream_);
+    backend_.synchronize(waited_);
   }
 
-  void combine(const ConstTensorView& weights, const TensorView& out) {
+  std::shared_ptr<const KeptExperts<CudaBackend>> keep(std::span<const std::byte* const> slabs) {
+    SIDA_EXPECTS(std::ssize(slabs) == config_.experts,
+                 "keep: expected the slabs of all " + std::to_string(config_.experts) +
+                     " experts, got " + std::to_string(slabs.size()));
+    auto kept = std::make_shared<KeptExperts<CudaBackend>>();
+    kept->arena = std::ranges::min(slabs);
+    kept->slots = Buffer<CudaBackend>(backend_, slot_bytes());
+    auto* const slot_of = reinterpret_cast<std::int32_t*>(uploads_.next(slot_bytes()));
+    std::ranges::transform(slabs, slot_of,
+                           [&](const std::byte* slab) { return slot_of_slab(slab, kept->arena); });
+    uploads_.send(kept->slots.data(), slot_bytes(), stream_);
+    return kept;
+  }
+  void compute(const KeptExperts<CudaBackend>& kept) {
+    expect_call("compute");
+    const cuda::DeviceScope scope(backend_.device());
+    launch_experts(kept.arena, kept.slots);
+  }
+
+  void combine(const TensorView& out) {
     expect_call("combine");
-    if (rows_left_ != 0)
-      throw StateError("combine: expected all rows of the call to be computed; missing are " +
-                       std::to_string(rows_left_));
-    SIDA_EXPECTS(weights.shape.size() == 2 && weights.shape[0] == shape_.tokens &&
-                     weights.shape[1] == shape_.top_k && weights.type <= DataType::f64,
-                 "expert weights: expected [" + std::to_string(shape_.tokens) + ", " +
-                     std::to_string(shape_.top_k) + "] in a floating-point dtype, got " +
-                     weights.describe());
-    check_tokens(out.shape, out.type, shape_.tokens, "out", out.describe());
-    in_call_ = false;
-    if (shape_.tokens == 0) return;
-    const auto count = static_cast<std::size_t>(weights.elements());
-    reserve(weights_host_, count * sizeof(float));
-    reserve(weights_, count * sizeof(float));
-    auto* const values = reinterpret_cast<float*>(weights_host_.data());
-    for (std::size_t i = 0; i < count; ++i)
-      values[i] = static_cast<float>(detail::load_real(weights, static_cast<std::int64_t>(i)));
-    backend_.copy_async(weights_.data(), values, count * sizeof(float), stream_);
+    expect_tokens(out, shape_.tokens, "out");
+    const cuda::DeviceScope scope(backend_.device());
     launched([&] {
-      cuda::combine(shape_, cuda::plan_at(shape_, plan_.data()),
-                    reinterpret_cast<const float*>(weights_.data()), workspace_.data(), out.data,
-                    stream_.native());
+      cuda::combine(shape_, plan(), weights(), workspace_.data(), out.data, stream_.native());
     });
-    backend_.record(done_, stream_);
+    finish(false);
   }
 
  private:
   static constexpr std::int64_t max_assignments = std::int64_t{1} << 24;
+  static constexpr std::size_t slack = 64;  // integers between a plan's `invalid` and `counts`
 
-  // Waits for the work so far; nothing on the GPU then uses the buffers.
-  void finish() { backend_.synchronize(done_); }
+  // The call is over: what comes later on the stream may reuse the buffers.
+  void finish(bool dropped) {
+    last_ = &entry_->done();
+    entry_ = nullptr;
+    log_.commit(stream_, dropped);
+  }
+  void abandon() {
+    if (entry_) finish(true);
+  }
 
-  template <class Memory>
-  void reserve(Memory& memory, std::size_t bytes) {
+  void reserve(Buffer<CudaBackend>& memory, std::size_t bytes) {
     if (memory.size() >= bytes) return;
     memory = {};
-    memory = Memory(backend_, bytes);
+    memory = Buffer<CudaBackend>(backend_, bytes);
   }
 
-  // The plan as make_plan() would make it, from groups that the host has already.
-  void upload_plan(const TokenGroups& groups) {
-    const std::size_t bytes = cuda::plan_bytes(shape_);
-    reserve(plan_host_, bytes);
-    reserve(plan_, bytes);
-    std::memset(plan_host_.data(), 0, bytes);
-    const cuda::Plan plan = cuda::plan_at(shape_, plan_host_.data());
-    const auto narrow = [](std::int64_t value) { return static_cast<std::int32_t>(value); };
-    *plan.active_count = narrow(std::ssize(groups.experts));
-    for (std::size_t i = 0; i < groups.experts.size(); ++i) {
-      const std::int32_t rows = narrow(groups.offsets[i + 1] - groups.offsets[i]);
-      plan.active[i] = {groups.experts[i], narrow(groups.offsets[i]), rows, 0};
-      plan.counts[groups.experts[i]] = rows;
+  // The caller's routing in one form, for the kernels and in the log.
+  void take(const Routing& routing) {
+    cuda::GivenRouting given{routing.ids.data, routing.ids.type == DataType::i64,
+                             routing.weights.data, kernel_type(routing.weights.type)};
+    if (routing.skip_padding && !routing.mask.empty()) {
+      reserve(keep_, routing.mask.size());
+      std::byte* const mask = uploads_.next(routing.mask.size());
+      std::ranges::copy(std::as_bytes(routing.mask), mask);
+      uploads_.send(keep_.data(), routing.mask.size(), stream_);
+      given.keep = reinterpret_cast<const std::uint8_t*>(keep_.data());
     }
-    for (std::int32_t e = 0; e < config_.experts; ++e)
-      plan.offsets[e + 1] = plan.offsets[e] + plan.counts[e];
-    std::transform(groups.order.begin(), groups.order.end(), plan.order, narrow);
-    for (std::size_t a = 0; a < groups.row_of.size(); ++a) plan.row_of[a] = -1;
-    for (std::size_t i = 0; i < groups.experts.size(); ++i) {
-      for (std::int64_t row = groups.offsets[i]; row < groups.offsets[i + 1]; ++row) {
-        const std::int64_t assignment = groups.order[static_cast<std::size_t>(row)];
-        plan.row_of[assignment] = narrow(row);
-        plan.group_rows[assignment] = plan.counts[groups.experts[i]];
-      }
+    launched([&] {
+      cuda::take_routing(shape_, given, {ids(), weights(), entry_->ids(), entry_->weights()},
+                         stream_.native());
+    });
+  }
+  void upload(const Routing& routing) {
+    if (shape_.tokens == 0) return;
+    const std::size_t bytes = 2 * assignments() * sizeof(float);
+    auto* const to = reinterpret_cast<std::int32_t*>(uploads_.next(bytes));
+    auto* const scale = reinterpret_cast<float*>(to + assignments());
+    for (std::size_t a = 0; a < assignments(); ++a) {
+      const auto assignment = static_cast<std::int64_t>(a);
+      const bool is_padding = routing.skip_padding && !routing.mask.empty() &&
+                              routing.mask[a / static_cast<std::size_t>(shape_.top_k)] == 0;
+      scale[a] = is_padding ? 0.0f : detail::load<float>(routing.weights.data, assignment);
+      to[a] = detail::load<std::int32_t>(routing.ids.data, assignment);
+      entry_->ids()[a] = scale[a] == 0 ? cuda::left_out : to[a];
+      entry_->weights()[a] = scale[a];
     }
-    backend_.copy_async(plan_.data(), plan_host_.data(), bytes, stream_);
-    backend_.record(done_, stream_);
+    uploads_.send(routing_.data(), bytes, stream_);
   }
 
-  cuda::ExpertSlabs slabs(const std::byte* arena) const {
-    return {arena,
-            layout_.slab_bytes,
-            reinterpret_cast<const std::int32_t*>(slots_.data()),
-            layout_.up_offset,
-            layout_.down_offset,
-            layout_.up_bias_offset,
-            layout_.down_bias_offset};
+  void launch_experts(const std::byte* arena, const Buffer<CudaBackend>& slots) {
+    const cuda::ExpertSlabs slabs{arena,
+                                  layout_.slab_bytes,
+                                  reinterpret_cast<const std::int32_t*>(slots.data()),
+                                  layout_.up_offset,
+                                  layout_.down_offset,
+                                  layout_.up_bias_offset,
+                                  layout_.down_bias_offset};
+    launched([&] {
+      cuda::compute_experts(shape_, plan(), hidden_, slabs, workspace_.data(), stream_.native());
+    });
   }
+
+  std::size_t assignments() const noexcept {
+    return static_cast<std::size_t>(shape_.tokens) * static_cast<std::size_t>(shape_.top_k);
+  }
+  std::size_t slot_bytes() const noexcept {
+    return static_cast<std::size_t>(config_.experts) * sizeof(std::int32_t);
+  }
+  cuda::Plan plan() const { return cuda::plan_at(shape_, plan_.data()); }
+  std::int32_t* ids() const { return reinterpret_cast<std::int32_t*>(routing_.data()); }
+  float* weights() const { return reinterpret_cast<float*>(ids() + assignments()); }
 
   const std::byte* slab_of(const ExpertTask& task) const {
     const ExpertWeights& weights = task.weights;
@@ -247,28 +300,44 @@ class ExpertFfn<CudaBackend>::Call {
                  "compute: expected an expert's parts in one slab, in the order of SlabLayout");
     return slab;
   }
-
-  std::int32_t expert_of(const ExpertTask& task) const {
-    const auto found = std::lower_bound(offsets_.begin(), offsets_.end(), task.row_begin);
-    const auto group = static_cast<std::size_t>(found - offsets_.begin());
-    SIDA_EXPECTS(group < experts_.size() && offsets_[group] == task.row_begin &&
-                     offsets_[group + 1] == task.row_end,
-                 "compute: expected all rows of one expert, got [" +
-                     std::to_string(task.row_begin) + ", " + std::to_string(task.row_end) + ")");
-    return experts_[group];
+  std::int32_t slot_of_slab(const std::byte* slab, const std::byte* arena) const {
+    const auto distance = static_cast<std::size_t>(slab - arena);
+    SIDA_EXPECTS(distance % layout_.slab_bytes == 0,
+                 "compute: expected slabs multiples of " + std::to_string(layout_.slab_bytes) +
+                     " bytes apart, got " + std::to_string(distance));
+    return static_cast<std::int32_t>(distance / layout_.slab_bytes);
   }
 
   void expect_call(const char* method) const {
-    if (!in_call_) throw StateError(std::string(method) + ": expected a call of begin() before it");
+    if (!entry_) throw StateError(std::string(method) + ": expected a call of begin() before it");
   }
 
-  void check_tokens(const std::vector<std::int64_t>& shape, DataType type, std::int64_t tokens,
-                    const char* name, const std::string& got) const {
-    SIDA_EXPECTS(shape.size() == 2 && shape[0] == tokens && shape[1] == config_.hidden_size &&
-                     type == config_.dtype,
+  void check(const ConstTensorView& hidden, const Routing& routing) const {
+    SIDA_EXPECTS(!hidden.shape.empty(), "hidden states: expected [T, H], got " + hidden.describe());
+    expect_tokens(hidden, hidden.shape[0], "hidden states");
+    detail::check_routing(routing.ids, routing.weights, {});
+    SIDA_EXPECTS(routing.ids.shape[0] == hidden.shape[0],
+                 "expert ids: expected a row for each of the " + std::to_string(hidden.shape[0]) +
+                     " hidden states, got " + routing.ids.describe());
+    SIDA_EXPECTS(routing.mask.empty() || std::ssize(routing.mask) == hidden.shape[0],
+                 "mask: expected a flag for each of the " + std::to_string(hidden.shape[0]) +
+                     " tokens, got " + std::to_string(routing.mask.size()));
+    SIDA_EXPECTS(routing.ids.shape[1] <= cuda::max_top_k,
+                 "cuda: expected at most " + std::to_string(cuda::max_top_k) +
+                     " choices a token, got " + std::to_string(routing.ids.shape[1]));
+    SIDA_EXPECTS(routing.ids.elements() <= max_assignments,
+                 "cuda: expected at most " + std::to_string(max_assignments) +
+                     " rows in a call, got " + std::to_string(routing.ids.elements()) +
+                     "; split the batch");
+    kernel_type(routing.weights.type);
+  }
+  template <class View>
+  void expect_tokens(const View& view, std::int64_t tokens, const char* name) const {
+    SIDA_EXPECTS(view.shape.size() == 2 && view.shape[0] == tokens &&
+                     view.shape[1] == config_.hidden_size && view.type == config_.dtype,
                  std::string(name) + ": expected [" + std::to_string(tokens) + ", " +
                      std::to_string(config_.hidden_size) + "] " +
-                     std::string(name_of(config_.dtype)) + ", got " + got);
+                     std::string(name_of(config_.dtype)) + ", got " + view.describe());
   }
 
   CudaBackend& backend_;
@@ -276,14 +345,15 @@ class ExpertFfn<CudaBackend>::Call {
   SlabLayout layout_;
   cuda::LayerShape shape_;
   CudaBackend::Stream stream_;
-  CudaBackend::Event done_;
-  PinnedBuffer plan_host_, weights_host_, slots_host_;
-  Buffer<CudaBackend> plan_, weights_, workspace_, slots_;
+  CudaBackend::Event waited_;
+  CudaBackend::Event* last_ = nullptr;  // behind the latest call that is over
+  Buffer<CudaBackend> plan_, routing_, keep_, workspace_, slots_;
+  cuda::PinnedRing uploads_;
+  cuda::RoutingLog log_;
+  cuda::RoutingLog::Entry* entry_ = nullptr;  // of the call at hand
   const std::byte* hidden_ = nullptr;
   std::vector<std::int32_t> experts_;
-  std::vector<std::int64_t> offsets_;
-  std::int64_t rows_left_ = 0;
-  bool in_call_ = false;
+  bool is_foretold_ = false;
 };
 
 ExpertFfn<CudaBackend>::ExpertFfn(CudaBackend& backend, const MoeConfig& config)
@@ -292,13 +362,20 @@ ExpertFfn<CudaBackend>::~ExpertFfn() = default;
 
 void ExpertFfn<CudaBackend>::set_stream(CUstream_st* stream) { call_->set_stream(stream); }
 CUstream_st* ExpertFfn<CudaBackend>::stream() const noexcept { return call_->stream(); }
-void ExpertFfn<CudaBackend>::begin(const ConstTensorView& hidden, const TokenGroups& groups) {
-  call_->begin(hidden, groups);
+void ExpertFfn<CudaBackend>::begin(const ConstTensorView& hidden, const Routing& routing,
+                                   Account account) {
+  call_->begin(hidden, routing, std::move(account));
 }
+const std::vector<std::int32_t>& ExpertFfn<CudaBackend>::experts() { return call_->experts(); }
+std::vector<std::uint8_t> ExpertFfn<CudaBackend>::counted() const { return call_->counted(); }
 void ExpertFfn<CudaBackend>::compute(std::span<const ExpertTask> tasks) { call_->compute(tasks); }
-void ExpertFfn<CudaBackend>::combine(const ConstTensorView& weights, const TensorView& out) {
-  call_->combine(weights, out);
+std::shared_ptr<const KeptExperts<CudaBackend>> ExpertFfn<CudaBackend>::keep(
+    std::span<const std::byte* const> slabs) {
+  return call_->keep(slabs);
 }
+void ExpertFfn<CudaBackend>::compute(const KeptExperts<CudaBackend>& kept) { call_->compute(kept); }
+void ExpertFfn<CudaBackend>::combine(const TensorView& out) { call_->combine(out); }
+void ExpertFfn<CudaBackend>::settle() { call_->settle(); }
 const MoeConfig& ExpertFfn<CudaBackend>::config() const noexcept { return call_->config(); }
 std::size_t ExpertFfn<CudaBackend>::workspace_bytes() const noexcept {
   return call_->workspace_bytes();

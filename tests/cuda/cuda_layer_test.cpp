@@ -16,6 +16,16 @@ using namespace sida::test;
 
 namespace {
 
+// A copy of a tensor on the GPU.
+struct OnDevice {
+  explicit OnDevice(const Tensor& tensor) {
+    buffer.fill(tensor.bytes);
+    view = {buffer.data(), tensor.type, tensor.shape};
+  }
+  DeviceBuffer buffer;
+  ConstTensorView view;
+};
+
 // The model's layers on the GPU; ends what they are made of in the right order.
 template <class Policy>
 struct OnGpu {
@@ -30,16 +40,17 @@ struct OnGpu {
 
   Tensor forward(std::size_t layer) {
     const LayerInput& input = model.inputs[layer];
-    DeviceBuffer hidden, out;
-    hidden.fill(input.hidden.bytes);
-    out.poison(input.hidden.bytes.size());
-    layers[layer].forward({hidden.data(), model.config.dtype, input.hidden.shape}, input.ids.view(),
-                          input.weights.view(),
-                          {out.data(), model.config.dtype, input.hidden.shape});
-    check_cuda(cudaStreamSynchronize(ffn->stream()));
-    Tensor result(input.hidden.shape, model.config.dtype);
-    copy_to_host(result.bytes.data(), out.data(), result.bytes.size());
-    return result;
+    const OnDevice hidden(input.hidden), ids(input.ids), weights(input.weights);
+    return output(
+        [&](const TensorView& out) {
+          layers[layer].forward(hidden.view, ids.view, weights.view, out);
+        },
+        layer);
+  }
+  Tensor forward_predicted(std::size_t layer) {
+    const OnDevice hidden(model.inputs[layer].hidden);
+    return output([&](const TensorView& out) { layers[layer].forward_predicted(hidden.view, out); },
+                  layer);
   }
   std::vector<std::byte> pass(std::optional<HashTable> table = {}) {
     scheduler->begin_pass(std::move(table), 0, {});
@@ -50,6 +61,18 @@ struct OnGpu {
     }
     scheduler->end_pass();
     return bytes;
+  }
+
+  // What `call` writes to memory that was full of NaNs.
+  template <class Call>
+  Tensor output(Call&& call, std::size_t layer) {
+    Tensor result(model.inputs[layer].hidden.shape, model.config.dtype);
+    DeviceBuffer out;
+    out.poison(result.bytes.size());
+    call(TensorView{out.data(), result.type, result.shape});
+    check_cuda(cudaStreamSynchronize(ffn->stream()));
+    copy_to_host(result.bytes.data(), out.data(), result.bytes.size());
+    return result;
   }
 
   const Model& model;
@@ -92,7 +115,7 @@ TEMPLATE_TEST_CASE("On the GPU results are the same bits at every budget and pre
   const Model model(small_config(dtype));
   OnGpu<TestType> all(model, all_pinned, Budget::fraction(1));
   const std::vector<std::byte> expected = all.pass();
-  const HashTable routing = all.scheduler->recorder().table();
+  const HashTable routing = all.scheduler->recorded();
   for (const int slots : {1, 2, 3, 7, 18}) {
     for (const std::size_t host_bytes : {all_pinned, std::size_t{20'000}}) {
       OnGpu<TestType> engine(model, host_bytes, Budget::experts(slots));
@@ -113,15 +136,109 @@ TEST_CASE("The GPU's FFN refuses what its kernels do not compute", "[cuda][layer
   CHECK_THROWS_AS(ExpertFfn<CudaBackend>(backend, config), InvalidArgument);
 }
 
-TEST_CASE("An expert id out of range raises and the next call is right", "[cuda][layer]") {
+TEST_CASE("On the GPU an expert id out of range touches no memory and raises", "[cuda][layer]") {
   if (!gpu_found()) return;
   const Model model;
-  OnGpu<LruPolicy> engine(model, all_pinned, Budget::experts(2));
+  const Budget budget = GENERATE(Budget::experts(2), Budget::fraction(1));
+  OnGpu<LruPolicy> engine(model, all_pinned, budget);
   const std::vector<std::byte> expected = engine.pass();
-  Model wrong;
-  wrong.inputs[1].ids.set(3, 6);
-  OnGpu<LruPolicy> other(wrong, all_pinned, Budget::experts(2));
-  CHECK_THROWS_AS(other.pass(), OutOfRange);
-  wrong.inputs[1] = model.inputs[1];
-  CHECK(other.pass() == expected);
+  for (const double id : {7.0, -1.0, 2e9, -2e9}) {
+    Model wrong;
+    wrong.inputs[1].ids.set(3, id);
+    OnGpu<LruPolicy> other(wrong, all_pinned, budget);
+    wrong.inputs[1].ids.set(3, model.inputs[1].ids.at(3));
+    REQUIRE(other.pass() == expected);  // all experts are there, if they fit
+    wrong.inputs[1].ids.set(3, id);
+    // At once where experts are to be brought, else by what reads the counts or calls next.
+    CHECK_THROWS_AS((other.pass(), other.scheduler->stats()), OutOfRange);
+    wrong.inputs[1].ids.set(3, model.inputs[1].ids.at(3));
+    CHECK(other.pass() == expected);
+    CHECK_NOTHROW(other.scheduler->stats());
+  }
+}
+
+TEST_CASE("On the GPU the sentinel E is no expert", "[cuda][layer]") {
+  if (!gpu_found()) return;
+  Model model;
+  OnGpu<LruPolicy> left_out(model, all_pinned, Budget::experts(2));
+  for (std::int64_t a = 0; a < model.inputs[0].ids.elements(); ++a) model.inputs[0].ids.set(a, 6);
+  left_out.scheduler->begin_pass({}, 0, {});
+  const Tensor out = left_out.forward(0);
+  for (std::int64_t i = 0; i < out.elements(); ++i) CHECK(out.at(i) == 0);
+  left_out.scheduler->end_pass();
+  CHECK(left_out.scheduler->stats().total.uses == 0);
+}
+
+TEST_CASE("On the GPU counts and routing are those of the CPU, with all experts kept and few",
+          "[cuda][layer]") {
+  if (!gpu_found()) return;
+  const Model model;
+  std::vector<std::uint8_t> mask(tokens, 1);
+  mask[0] = mask[7] = 0;
+  const auto skip_padding = GENERATE(false, true);
+  Layers<CpuBackend, LruPolicy> cpu(model, Budget::fraction(1));
+  for (const Budget& budget : {Budget::experts(3), Budget::fraction(1)}) {
+    OnGpu<LruPolicy> gpu(model, all_pinned, budget);
+    const auto run = [&](auto& engine) {
+      for (auto& layer : engine.layers) layer.set_skip_padding(skip_padding);
+      for (std::uint64_t pass = 0; pass < 40; ++pass) {  // more calls than are on their way
+        engine.scheduler->begin_pass({}, pass, mask);
+        for (std::size_t layer = 0; layer < 3; ++layer) engine.forward(layer);
+        engine.scheduler->end_pass();
+      }
+    };
+    cpu.scheduler->reset_stats();
+    run(cpu);
+    run(gpu);
+    const CacheStats expected = cpu.scheduler->stats(), got = gpu.scheduler->stats();
+    for (std::size_t layer = 0; layer < 3; ++layer) {
+      CHECK(got.layers[layer].calls == 40);
+      CHECK(got.layers[layer].uses == expected.layers[layer].uses);
+    }
+    CHECK(got.total.uses == got.total.hits + got.total.late + got.total.misses);
+    const HashTable routing = gpu.scheduler->recorded(), wanted = cpu.scheduler->recorded();
+    CHECK(routing.keys == wanted.keys);
+    CHECK(routing.ids == wanted.ids);
+    CHECK(routing.probs == wanted.probs);
+    CHECK(routing.scale == wanted.scale);
+  }
+}
+
+TEST_CASE("On the GPU predicted routing with the recorded table computes what exact routing does",
+          "[cuda][layer][predicted]") {
+  if (!gpu_found()) return;
+  const Model model(small_config(DataType::bf16));
+  OnGpu<LookAheadPolicy> all(model, all_pinned, Budget::fraction(1));
+  const std::vector<std::byte> expected = all.pass();
+  const HashTable table = all.scheduler->recorded();
+  for (const int slots : {1, 5, 18}) {
+    OnGpu<LookAheadPolicy> engine(model, all_pinned, Budget::experts(slots));
+    for (int turn = 0; turn < 3; ++turn) {
+      engine.scheduler->begin_pass(table, 0, {});
+      std::vector<std::byte> bytes;
+      for (std::size_t layer = 0; layer < 3; ++layer) {
+        const Tensor out = engine.forward_predicted(layer);
+        bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
+      }
+      engine.scheduler->end_pass();
+      REQUIRE(bytes == expected);
+    }
+    const CacheStats stats = engine.scheduler->stats();
+    CHECK(stats.total.predicted_calls == 9);
+    CHECK(stats.total.uses == stats.total.hits + stats.total.late + stats.total.misses);
+  }
+}
+
+TEST_CASE("Work on two streams by turns gives the same bits", "[cuda][layer]") {
+  if (!gpu_found()) return;
+  const Model model;
+  OnGpu<LruPolicy> engine(model, all_pinned, Budget::fraction(1));
+  const std::vector<std::byte> expected = engine.pass();
+  CudaBackend::Stream streams[] = {engine.backend.make_stream(), engine.backend.make_stream()};
+  for (int turn = 0; turn < 20; ++turn) {
+    engine.ffn->set_stream(streams[turn % 2].native());
+    REQUIRE(engine.pass() == expected);
+  }
+  engine.ffn->set_stream(nullptr);
+  CHECK(engine.pass() == expected);
 }

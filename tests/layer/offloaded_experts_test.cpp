@@ -10,7 +10,6 @@
 #include <thread>
 #include <vector>
 
-#include "sida/ffn/expert_ffn_cpu.hpp"
 #include "support/backends.hpp"
 #include "support/catch.hpp"
 #include "support/ffn_call.hpp"

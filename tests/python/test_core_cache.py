@@ -234,8 +234,10 @@ def test_policies_and_devices_go_by_name() -> None:
     assert (cache.policy, cache.device) == ("lookahead", "cpu")
     with pytest.raises(ValueError, match=r"fifo, lru, lfu, lookahead or auto.*belady"):
         ExpertCache(arrays_store(), 0.5, policy="belady")
-    with pytest.raises(ValueError, match=r'expected "cpu".*got "cuda"'):
-        ExpertCache(arrays_store(), 0.5, device="cuda")
+    with pytest.raises(ValueError, match=r'expected "cpu", "cuda".*got "gpu"'):
+        ExpertCache(arrays_store(), 0.5, device="gpu")
+    with pytest.raises(ValueError, match=r"host_memory= .*cuda"):
+        ExpertCache(arrays_store(), 0.5, host_memory=0.5)
 
 
 @pytest.mark.parametrize("policy", ["fifo", "lru", "lfu", "lookahead"])

@@ -217,7 +217,7 @@ def test_shapes_and_dtypes_that_do_not_fit() -> None:
         ({"activation": "tanh"}, ValueError, "relu"),
         ({"policy": "mru"}, ValueError, "fifo"),
         ({"memory": 0.01}, ValueError, "1 expert"),
-        ({"device": "cuda:0"}, sida.CudaError, "no CUDA backend"),
+        ({"device": "cuda:99"}, sida.CudaError, "cuda: "),
         ({"device": "tpu"}, ValueError, 'device="cpu"'),
     ],
 )
@@ -233,7 +233,7 @@ def test_layers_that_cannot_be(change: dict[str, Any], error: Any, message: str)
 
 def test_a_stream_is_for_gpus() -> None:
     case = Case()
-    with case.layer() as layer, pytest.raises(ValueError, match="stream=None"):
+    with case.layer() as layer, pytest.raises(ValueError, match="stream: expected None"):
         layer(case.x, case.ids, case.weights, stream=1)
 
 

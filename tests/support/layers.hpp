@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "sida/cache/array_store.hpp"
-#include "sida/ffn/expert_ffn_cpu.hpp"
+#include "sida/ffn/routed_call_cpu.hpp"
 #include "sida/layer/offloaded_experts.hpp"
 #include "support/backends.hpp"
 #include "support/ffn_call.hpp"

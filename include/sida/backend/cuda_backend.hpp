@@ -88,6 +88,8 @@ class CudaBackend {
   void record(Event& event, Stream& stream);
   void wait(Stream& stream, Event& event);
   void synchronize(Event& event);
+  /// Whether what was recorded is complete; does not wait.
+  bool is_complete(Event& event);
 
   /// Bytes of the GPU's memory that are free now, whoever uses the rest; 0 if they cannot be told.
   std::size_t available_bytes() const noexcept;

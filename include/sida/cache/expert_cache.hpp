@@ -141,6 +141,27 @@ class ExpertCache {
     if (slot == none) return Residency::absent;
     return slots_[slot].state == State::loading ? Residency::loading : Residency::resident;
   }
+  /// The slabs of a layer whose experts are all resident and stay until the arena is replaced,
+  /// because there is a slot for every expert of all layers; by expert. Else empty.
+  std::vector<const std::byte*> kept_locked(std::int32_t layer) const {
+    std::vector<const std::byte*> slabs;
+    if (slots_.size() < slot_of_.size() || in_place_) return slabs;
+    for (std::int32_t expert = 0; expert < store_->experts(); ++expert) {
+      const std::size_t slot = slot_of_[checked({layer, expert})];
+      if (slot == none || slots_[slot].state != State::resident) return {};
+      slabs.push_back(slab(slot));
+    }
+    return slabs;
+  }
+  /// Counts the arenas so far: what kept_locked() gave holds as long as this stays the same.
+  std::uint64_t arenas_locked() const noexcept { return arenas_; }
+  /// The resident expert is read, without a lease.
+  void touch_locked(ExpertId id) {
+    const std::size_t slot = slot_of_[checked(id)];
+    if (slot == none || slots_[slot].state != State::resident) return;
+    slots_[slot].read = true;
+    policy_.used(id);
+  }
   std::optional<Lease> try_lease_locked(ExpertId id) {
     const std::size_t slot = slot_of_[checked(id)];
     if (slot == none || slots_[slot].state != State::resident) return std::nullopt;
@@ -259,6 +280,7 @@ class ExpertCache {
   void build() {
     const auto count = static_cast<std::size_t>(
         budget_.slots(total_experts(), slot_bytes_, store_->staging_bytes()));
+    ++arenas_;
     slots_.clear();
     free_.clear();
     arena_ = {};
@@ -304,6 +326,7 @@ class ExpertCache {
   std::int64_t pinned_ = 0;  // leases and loads under way
   std::int64_t wasted_ = 0;
   std::uint64_t regretted_ = 0;
+  std::uint64_t arenas_ = 0;
   bool in_place_ = false;
   bool slot_wanted_ = false;
   bool draining_ = false;

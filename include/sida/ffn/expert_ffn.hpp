@@ -7,11 +7,12 @@
 
 namespace sida {
 
-/// Rows [row_begin, row_end) of a call's sorted order, and the weights of the expert they go to.
+/// The rows of a call that go to one expert, and its weights.
 struct ExpertTask {
   ExpertWeights weights;
-  std::int64_t row_begin = 0;
+  std::int64_t row_begin = 0;  ///< of the sorted order; on the CPU, which knows it
   std::int64_t row_end = 0;
+  std::int32_t expert = -1;  ///< on the GPU, whose plan has the rows
 };
 
 /// Computes the experts of one MoE layer call on a backend:
@@ -23,7 +24,8 @@ struct ExpertTask {
 /// the rows of its expert in the whole call, never on how compute() calls are divided, on threads
 /// or on addresses.
 ///
-/// Each backend specialises it: sida/ffn/expert_ffn_cpu.hpp.
+/// Each backend specialises it: sida/ffn/expert_ffn_cpu.hpp, expert_ffn_cuda.hpp. RoutedCall makes
+/// the calls of all of them alike.
 template <class Backend>
 class ExpertFfn;
 

@@ -2,22 +2,31 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
+#include <utility>
+#include <vector>
 
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/expert_ffn.hpp"
-#include "sida/ffn/token_groups.hpp"
+#include "sida/ffn/routed_call.hpp"
 
 namespace sida {
 
+/// Where all experts of a layer lie on the GPU, in its own memory. Made by ExpertFfn::keep().
+template <>
+class KeptExperts<CudaBackend>;
+
 /// Experts on a GPU: f32, f16 and bf16 with f32 sums, on hand-written kernels. Link sida::cuda.
 ///
-/// Work is enqueued on one stream, the FFN's own or the one of set_stream(). Any thread may call,
-/// one call at a time (the caller locks); the backend must outlive it. Buffers grow to the largest
-/// call so far and are kept.
+/// Work is enqueued on one stream, the FFN's own or the one of set_stream(), and the routing stays
+/// on the GPU: begin(), compute() and combine() do not wait for it. Any thread may call, one call
+/// at a time (the caller locks; settle() locks by itself); the backend must outlive it. Buffers
+/// grow to the largest call so far and are kept; beside them there is pinned memory for the routing
+/// of the latest calls, which the GPU writes and the host reads when it is there.
 template <>
 class ExpertFfn<CudaBackend> {
  public:
@@ -29,29 +38,51 @@ class ExpertFfn<CudaBackend> {
   ~ExpertFfn();
 
   /// From the next begin() on, work goes to this stream of the caller's, who keeps it alive; null
-  /// is the legacy default stream.
+  /// is the legacy default stream. Work on the former stream comes first.
   void set_stream(CUstream_st* stream);
-  /// The stream in whose order `hidden` is read and `out` is written.
+  /// The stream in whose order `hidden`, ids and weights are read and `out` is written.
   CUstream_st* stream() const noexcept;
 
-  /// Begins a layer call. `hidden` ([T, H], config's dtype) lies on the GPU and is read, in the
-  /// order of the stream, until combine(). A call that was not combined is dropped.
-  /// @throws InvalidArgument where hidden, groups and config disagree; OutOfMemory; CudaError.
-  void begin(const ConstTensorView& hidden, const TokenGroups& groups);
+  /// Begins a layer call. `hidden` ([T, H], config's dtype), ids and weights (f32, f16 or bf16) lie
+  /// on the GPU and are read, in the order of the stream, until combine(); of foretold routing, in
+  /// RAM, a copy is taken. `account` is called when the routing is in RAM, by a later begin() or by
+  /// settle(). A call that was not combined is dropped.
+  ///
+  /// Ids from 0 to E - 1 are experts; E is none, and is left out. Any other touches no memory: it
+  /// is left out, and raised by experts(), or by a later begin() or settle() as OutOfRange.
+  /// @throws InvalidArgument where hidden and routing disagree with each other or the config;
+  /// OutOfRange for an earlier call's id; OutOfMemory; CudaError.
+  void begin(const ConstTensorView& hidden, const Routing& routing, Account account);
 
-  /// Computes the tasks, each all rows of one expert whose slab lies whole, in the order of
-  /// SlabLayout, on the GPU; slabs of one call lie multiples of slab_bytes apart, as in a cache.
-  /// Returns when the weights are no longer needed.
-  /// @throws StateError outside a call; InvalidArgument for other tasks; CudaError.
+  /// The call's active experts, ascending: one small copy from the GPU, which is waited for; none
+  /// where routing was foretold. @throws StateError outside a call; OutOfRange, which drops the
+  /// call; CudaError.
+  const std::vector<std::int32_t>& experts();
+  /// For each of experts(), which is to be called before, whether a token that is no padding needs
+  /// it; empty without a mask.
+  std::vector<std::uint8_t> counted() const;
+
+  /// Computes the tasks, each of one expert whose slab lies whole, in the order of SlabLayout, on
+  /// the GPU; slabs of one call lie multiples of slab_bytes apart, as in a cache. Returns when the
+  /// weights are no longer needed. @throws StateError outside a call; InvalidArgument; CudaError.
   void compute(std::span<const ExpertTask> tasks);
+
+  /// Notes where the slabs of all experts of a layer lie, for compute(). @throws as compute().
+  std::shared_ptr<const KeptExperts<CudaBackend>> keep(std::span<const std::byte* const> slabs);
+  /// Computes all experts of the call, without waiting. The weights are read in the order of the
+  /// stream. @throws StateError outside a call; CudaError.
+  void compute(const KeptExperts<CudaBackend>& kept);
 
   /// Ends the call: out[t] = Σ_j weights[t, j] * result(t, j), j ascending, summed in f32, rounded
   /// once; written in the order of the stream. Tokens without an assignment come out as zeros.
   ///
-  /// weights: [T, k] as given to group_tokens, in host memory, not needed once it returns; out:
-  /// [T, H] of config's dtype on the GPU.
-  /// @throws StateError while rows are missing; InvalidArgument for shapes and dtypes; CudaError.
-  void combine(const ConstTensorView& weights, const TensorView& out);
+  /// out: [T, H] of config's dtype on the GPU. Every active expert must have been computed.
+  /// @throws StateError outside a call; InvalidArgument for shape and dtype; CudaError.
+  void combine(const TensorView& out);
+
+  /// Waits for all calls that were combined, and accounts for them. From any thread.
+  /// @throws OutOfRange for an id in one of them, CudaError.
+  void settle();
 
   const MoeConfig& config() const noexcept;
   /// Bytes of the GPU's memory held now.
@@ -60,6 +91,34 @@ class ExpertFfn<CudaBackend> {
  private:
   class Call;
   std::unique_ptr<Call> call_;
+};
+
+/// On the GPU a call needs its routing in RAM only where experts are to be brought.
+template <>
+class RoutedCall<CudaBackend> {
+ public:
+  static constexpr bool is_deferred = true;
+
+  /// @throws as ExpertFfn::begin().
+  RoutedCall(ExpertFfn<CudaBackend>& ffn, const ConstTensorView& hidden, const Routing& routing,
+             Account account)
+      : ffn_(ffn) {
+    ffn_.begin(hidden, routing, std::move(account));
+  }
+  RoutedCall(const RoutedCall&) = delete;
+  RoutedCall& operator=(const RoutedCall&) = delete;
+
+  const std::vector<std::int32_t>& experts() { return ffn_.experts(); }
+  std::vector<std::uint8_t> counted() const { return ffn_.counted(); }
+  ExpertTask task(std::int32_t expert, const ExpertWeights& weights) const {
+    return {weights, 0, 0, expert};
+  }
+  void compute(std::span<const ExpertTask> tasks) { ffn_.compute(tasks); }
+  void compute(const KeptExperts<CudaBackend>& kept) { ffn_.compute(kept); }
+  void combine(const TensorView& out) { ffn_.combine(out); }
+
+ private:
+  ExpertFfn<CudaBackend>& ffn_;
 };
 
 }  // namespace sida

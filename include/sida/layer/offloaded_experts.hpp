@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -14,8 +15,8 @@
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/expert_ffn.hpp"
+#include "sida/ffn/routed_call.hpp"
 #include "sida/ffn/slab_layout.hpp"
-#include "sida/ffn/token_groups.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
 
 namespace sida {
@@ -48,6 +49,8 @@ class OffloadedExperts {
       throw OutOfRange("OffloadedExperts: expected a layer from 0 to " +
                        std::to_string(scheduler_->layers() - 1) + ", got " + std::to_string(layer));
     if (cache.in_place()) check_arrays();
+    if constexpr (RoutedCall<B>::is_deferred)
+      scheduler_->set_settle([shared = ffn_] { shared->settle(); });
   }
 
   /// Leave rows of padding (by the pass's mask) out: they come out as zeros.
@@ -61,7 +64,7 @@ class OffloadedExperts {
   void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
                const ConstTensorView& weights, const TensorView& out) {
     const auto turn = scheduler_->turn();
-    run(hidden, ids, weights, out, mask_for(hidden), skip_padding_, false);
+    run(hidden, {ids, weights, mask_for(hidden), skip_padding_}, out);
   }
 
   /// Whether the pass's hash table foretells this layer.
@@ -105,9 +108,13 @@ class OffloadedExperts {
       }
     }
     const std::vector<std::int64_t> shape{tokens, k};
-    run(hidden, {std::as_bytes(std::span(ids)).data(), DataType::i32, shape},
-        {std::as_bytes(std::span(weights)).data(), DataType::f32, shape}, out, mask_for(hidden),
-        true, true);
+    run(hidden,
+        {{std::as_bytes(std::span(ids)).data(), DataType::i32, shape},
+         {std::as_bytes(std::span(weights)).data(), DataType::f32, shape},
+         mask_for(hidden),
+         true,
+         true},
+        out);
   }
 
   Scheduler& scheduler() const noexcept { return *scheduler_; }
@@ -122,33 +129,76 @@ class OffloadedExperts {
     return fits ? mask : std::span<const std::uint8_t>();
   }
 
-  void run(const ConstTensorView& hidden, const ConstTensorView& ids,
-           const ConstTensorView& weights, const TensorView& out,
-           std::span<const std::uint8_t> mask, bool skip_padding, bool predicted) {
-    const TokenGroups groups =
-        group_tokens(ids, weights, config_.experts, skip_padding ? mask : decltype(mask){});
-    ffn_->begin(hidden, groups);
-    record(groups, ids, weights, mask);
-    auto demand = scheduler_->demand(layer_, groups.experts, counted(groups, mask), predicted);
+  void run(const ConstTensorView& hidden, const Routing& routing, const TensorView& out) {
+    const bool is_kept = find_kept();
+    RoutedCall<B> call(*ffn_, hidden, routing, account(routing, is_kept));
+    if (is_kept)
+      compute_kept(call);
+    else
+      compute_demanded(call, routing.is_foretold);
+    call.combine(out);
+  }
+
+  // Experts as they are resident, in waves.
+  void compute_demanded(RoutedCall<B>& call, bool predicted) {
+    const auto& experts = call.experts();
+    auto demand = scheduler_->demand(layer_, experts, call.counted(), predicted);
     std::vector<ExpertTask> tasks;
     for (;;) {
       const auto leases = demand.next_ready();
-      if (leases.empty()) break;
+      if (leases.empty()) return;
       tasks.clear();
-      for (const auto& lease : leases) tasks.push_back(task(groups, lease));
+      for (const auto& lease : leases)
+        tasks.push_back(call.task(lease.id().expert, weights_of(lease)));
       const double begin = Trace::now();
-      ffn_->compute(tasks);
-      const auto bytes = static_cast<std::int64_t>(tasks.size() * layout_.slab_bytes);
-      scheduler_->trace().add({TraceKind::compute, {layer_, -1}, begin, Trace::now(), bytes, 0});
+      call.compute(tasks);
+      trace_compute(begin, tasks.size());
     }
-    ffn_->combine(weights, out);
   }
 
-  ExpertTask task(const TokenGroups& groups, const typename Scheduler::Lease& lease) const {
-    const auto found =
-        std::lower_bound(groups.experts.begin(), groups.experts.end(), lease.id().expert);
-    const auto group = static_cast<std::size_t>(found - groups.experts.begin());
-    return {weights_of(lease), groups.offsets[group], groups.offsets[group + 1]};
+  // On a backend that routes by itself, experts that stay need neither leases nor a look at the
+  // routing. Whether they do; the turn keeps it so.
+  bool find_kept() {
+    if constexpr (RoutedCall<B>::is_deferred) {
+      auto& cache = scheduler_->cache();
+      const std::lock_guard lock(cache.mutex());
+      if (kept_ && kept_arena_ == cache.arenas_locked()) return true;
+      kept_ = nullptr;
+      const std::vector<const std::byte*> slabs = cache.kept_locked(layer_);
+      if (slabs.empty()) return false;
+      kept_ = ffn_->keep(slabs);
+      kept_arena_ = cache.arenas_locked();
+      return true;
+    } else {
+      return false;
+    }
+  }
+  void compute_kept(RoutedCall<B>& call) {
+    if constexpr (RoutedCall<B>::is_deferred) {
+      const double begin = Trace::now();
+      call.compute(*kept_);
+      trace_compute(begin, static_cast<std::size_t>(config_.experts));
+    }
+  }
+  void trace_compute(double begin, std::size_t experts) {
+    const auto bytes = static_cast<std::int64_t>(experts * layout_.slab_bytes);
+    scheduler_->trace().add({TraceKind::compute, {layer_, -1}, begin, Trace::now(), bytes, 0});
+  }
+
+  // Records the call's routing as what a perfect predictor would have foretold; what padding needs
+  // has probability 0. Counts its uses where no demand does.
+  Account account(const Routing& routing, bool is_kept) const {
+    const std::int64_t pass = scheduler_->recorder().pass();
+    return [scheduler = scheduler_.get(), layer = layer_, pass, is_kept,
+            predicted = routing.is_foretold](const RoutedTokens& routed) {
+      std::vector<float> probs(routed.ids.size());
+      for (std::size_t a = 0; a < probs.size(); ++a) probs[a] = routed.is_token(a) ? 1.0f : 0.0f;
+      scheduler->recorder().add(pass, layer, routed.tokens, routed.top_k, routed.ids, probs,
+                                routed.weights);
+      if (!is_kept) return;
+      const std::vector<std::int32_t> experts = active_experts(routed);
+      scheduler->count_resident(layer, experts, counted(routed, experts), predicted);
+    };
   }
 
   ExpertWeights weights_of(const typename Scheduler::Lease& lease) const {
@@ -189,40 +239,14 @@ class OffloadedExperts {
     }
   }
 
-  // For each active expert, whether a row of it is no padding.
-  static std::vector<std::uint8_t> counted(const TokenGroups& groups,
-                                           std::span<const std::uint8_t> mask) {
-    if (mask.empty()) return {};
-    std::vector<std::uint8_t> flags(groups.experts.size(), 0);
-    for (std::size_t e = 0; e < flags.size(); ++e)
-      for (std::int64_t row = groups.offsets[e]; row < groups.offsets[e + 1]; ++row)
-        flags[e] |= mask[static_cast<std::size_t>(groups.order[static_cast<std::size_t>(row)] /
-                                                  groups.top_k)] != 0;
-    return flags;
-  }
-
-  // What a perfect predictor would have foretold; what padding needs has probability 0.
-  void record(const TokenGroups& groups, const ConstTensorView& ids, const ConstTensorView& weights,
-              std::span<const std::uint8_t> mask) const {
-    std::vector<std::int32_t> experts(groups.row_of.size(), -1);
-    std::vector<float> probs(groups.row_of.size(), 0.0f), scale(probs);
-    for (std::size_t a = 0; a < experts.size(); ++a) {
-      if (groups.row_of[a] < 0) continue;
-      const auto assignment = static_cast<std::int64_t>(a);
-      experts[a] = static_cast<std::int32_t>(detail::load_index(ids, assignment));
-      scale[a] = static_cast<float>(detail::load_real(weights, assignment));
-      const bool is_token = mask.empty() || mask[a / static_cast<std::size_t>(groups.top_k)] != 0;
-      probs[a] = is_token ? 1.0f : 0.0f;
-    }
-    scheduler_->recorder().add(layer_, groups.tokens, groups.top_k, experts, probs, scale);
-  }
-
   MoeConfig config_;
   SlabLayout layout_;
   std::int32_t layer_;
   std::shared_ptr<Scheduler> scheduler_;
   std::shared_ptr<ExpertFfn<B>> ffn_;
   bool skip_padding_ = false;
+  std::shared_ptr<const KeptExperts<B>> kept_;  // where the layer's experts stay
+  std::uint64_t kept_arena_ = 0;
 };
 
 }  // namespace sida

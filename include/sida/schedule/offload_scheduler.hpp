@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -61,13 +62,32 @@ class OffloadScheduler {
   }
   OffloadScheduler(const OffloadScheduler&) = delete;
   OffloadScheduler& operator=(const OffloadScheduler&) = delete;
-  ~OffloadScheduler() { close(); }
+  ~OffloadScheduler() {
+    try {
+      settle();
+    } catch (...) {  // nobody reads the counts any more
+    }
+    close();
+  }
 
   std::int32_t layers() const noexcept { return cache_.store().layers(); }
   std::int32_t experts() const noexcept { return cache_.store().experts(); }
   Cache& cache() const noexcept { return cache_; }
   Trace& trace() noexcept { return trace_; }
   RoutingRecorder& recorder() noexcept { return recorder_; }
+
+  /// Backends whose calls go on after they returned account for them later: `settle` has that done
+  /// for all calls so far. It is called, on any thread, before counts and routing are read.
+  void set_settle(std::function<void()> settle) {
+    const std::lock_guard lock(settle_mutex_);
+    settle_ = std::move(settle);
+  }
+
+  /// The routing of the passes that have ended, see RoutingRecorder. @throws what settling throws.
+  HashTable recorded() {
+    settle();
+    return recorder_.table();
+  }
 
   /// Held by whoever makes a pass or a layer call, so that calls from several threads take turns.
   std::unique_lock<std::recursive_mutex> turn() { return std::unique_lock(turn_); }
@@ -182,15 +202,34 @@ class OffloadScheduler {
                              experts, counted, predicted);
   }
 
+  /// Counts a layer call that needed experts of a layer that stays, see ExpertCache::kept_locked;
+  /// `counted` is as in demand().
+  void count_resident(std::int32_t layer, const std::vector<std::int32_t>& experts,
+                      std::span<const std::uint8_t> counted, bool predicted) {
+    const std::lock_guard lock(cache_.mutex());
+    LayerStats& stats = transfers_.queue().stats().layers[static_cast<std::size_t>(layer)];
+    ++stats.calls;
+    stats.predicted_calls += predicted;
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      const bool counts = counted.empty() || counted[i] != 0;
+      stats.uses += counts;
+      stats.hits += counts;
+      cache_.touch_locked({layer, experts[i]});
+    }
+  }
+
   /// What happened since the last reset. Experts that were brought early and not yet read count as
   /// wasted when they are evicted, or when the scheduler is closed.
+  /// @throws what settling throws.
   CacheStats stats() const {
+    settle();
     const std::lock_guard lock(cache_.mutex());
     return transfers_.queue().summary();
   }
 
   /// Statistics, trace and recorded routing begin anew.
   void reset_stats() {
+    settle();
     trace_.clear();
     recorder_.clear();
     const std::lock_guard lock(cache_.mutex());
@@ -228,6 +267,14 @@ class OffloadScheduler {
   }
 
  private:
+  void settle() const {
+    std::function<void()> settle;
+    {
+      const std::lock_guard lock(settle_mutex_);
+      settle = settle_;
+    }
+    if (settle) settle();
+  }
   void expect_open() const {
     const std::lock_guard lock(cache_.mutex());
     if (closed_) throw StateError("the scheduler was closed");
@@ -278,6 +325,8 @@ class OffloadScheduler {
   Transfers<B, Policy> transfers_;
   PassSteps<Cache> steps_;
   std::recursive_mutex turn_;
+  mutable std::mutex settle_mutex_;
+  std::function<void()> settle_;
   std::mutex builder_mutex_;
   std::shared_ptr<HashBuilder> builder_;
   std::optional<HashTable> table_;

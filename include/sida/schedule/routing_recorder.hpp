@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <iterator>
 #include <mutex>
 #include <span>
 #include <utility>
@@ -23,40 +24,50 @@ class RoutingRecorder {
   /// Begins a pass; the one before has ended.
   void begin_pass(std::uint64_t key) {
     const std::lock_guard lock(mutex_);
-    keep_current();
-    current_ = {};
-    current_.keys = {key};
+    passes_.emplace_back().keys = {key};
     recording_ = true;
+    make_way();
+  }
+
+  /// The number of the pass at hand, for an add() that may come after its end; -1 outside a pass.
+  std::int64_t pass() const {
+    const std::lock_guard lock(mutex_);
+    return recording_ ? first_ + std::ssize(passes_) - 1 : -1;
   }
 
   /// The routing of one layer: `ids`, `probs` and `weights` are [tokens, top_k]. An id of -1 is no
   /// expert; probability 0 says that it is one for padding, which is needed and not foretold.
   /// A pass's layers have one number of tokens; another call of the layer in the same pass replaces
-  /// the first, and a layer of other size is left out.
-  void add(std::int32_t layer, std::int64_t tokens, std::int32_t top_k,
+  /// the first, and a layer of other size is left out, as is one of a pass that made way.
+  void add(std::int64_t pass, std::int32_t layer, std::int64_t tokens, std::int32_t top_k,
            std::span<const std::int32_t> ids, std::span<const float> probs,
            std::span<const float> weights) {
     const std::lock_guard lock(mutex_);
-    if (!recording_ || tokens == 0) return;
-    if (current_.ids.empty()) allocate(tokens, top_k);
-    if (tokens != current_.tokens() || top_k != current_.candidates) return;
-    const std::size_t begin = current_.index(layer, 0, 0);
+    const std::int64_t place = pass - first_;
+    if (pass < 0 || place < 0 || place >= std::ssize(passes_) || tokens == 0) return;
+    HashTable& table = passes_[static_cast<std::size_t>(place)];
+    if (table.ids.empty()) allocate(table, tokens, top_k);
+    if (tokens != table.tokens() || top_k != table.candidates) return;
+    const std::size_t begin = table.index(layer, 0, 0);
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      current_.ids[begin + i] = ids[i];
-      current_.probs[begin + i] = ids[i] < 0 ? 0.0f : probs[i];
-      current_.scale[begin + i] = ids[i] < 0 ? 0.0f : weights[i];
+      table.ids[begin + i] = ids[i];
+      table.probs[begin + i] = ids[i] < 0 ? 0.0f : probs[i];
+      table.scale[begin + i] = ids[i] < 0 ? 0.0f : weights[i];
     }
+    make_way();
   }
 
   void end_pass() {
     const std::lock_guard lock(mutex_);
-    keep_current();
+    recording_ = false;
   }
 
   /// The passes that have ended as one table, oldest first.
   HashTable table() const {
     const std::lock_guard lock(mutex_);
-    const std::vector<HashTable> tables(passes_.begin(), passes_.end());
+    std::vector<HashTable> tables;
+    for (auto pass = passes_.begin(); pass != passes_.end() - recording_; ++pass)
+      if (!pass->ids.empty()) tables.push_back(*pass);
     HashTable all = concatenate(tables);
     if (all.layers == 0) all.layers = layers_;
     return all;
@@ -65,41 +76,43 @@ class RoutingRecorder {
   /// Forgets all passes, what was recorded of the present one too.
   void clear() {
     const std::lock_guard lock(mutex_);
-    passes_.clear();
+    const auto ended = std::ssize(passes_) - recording_;
+    first_ += ended;
+    passes_.erase(passes_.begin(), passes_.begin() + ended);
+    for (HashTable& present : passes_) present.ids.clear();
     bytes_ = 0;
-    current_.ids.clear();
   }
 
  private:
-  void keep_current() {
-    if (recording_ && !current_.ids.empty()) {
-      bytes_ += bytes_of(current_);
-      passes_.push_back(std::move(current_));
-      while (bytes_ > capacity_bytes_ && !passes_.empty()) {
-        bytes_ -= bytes_of(passes_.front());
-        passes_.pop_front();
-      }
+  static constexpr std::ptrdiff_t most_passes = 1 << 16;
+
+  void make_way() {
+    while (std::ssize(passes_) > recording_ &&
+           (bytes_ > capacity_bytes_ || std::ssize(passes_) > most_passes)) {
+      bytes_ -= bytes_of(passes_.front());
+      passes_.pop_front();
+      ++first_;
     }
-    recording_ = false;
   }
   static std::size_t bytes_of(const HashTable& table) noexcept {
     return table.ids.size() * (sizeof(std::int32_t) + 2 * sizeof(float));
   }
-  void allocate(std::int64_t tokens, std::int32_t top_k) {
-    current_.layers = layers_;
-    current_.candidates = top_k;
-    current_.offsets = {0, tokens};
-    const std::size_t size = current_.index(layers_, 0, 0);
-    current_.ids.assign(size, -1);
-    current_.probs.assign(size, 0.0f);
-    current_.scale.assign(size, 0.0f);
+  void allocate(HashTable& table, std::int64_t tokens, std::int32_t top_k) {
+    table.layers = layers_;
+    table.candidates = top_k;
+    table.offsets = {0, tokens};
+    const std::size_t size = table.index(layers_, 0, 0);
+    table.ids.assign(size, -1);
+    table.probs.assign(size, 0.0f);
+    table.scale.assign(size, 0.0f);
+    bytes_ += bytes_of(table);
   }
 
   std::int32_t layers_;
   std::size_t capacity_bytes_;
   mutable std::mutex mutex_;
-  std::deque<HashTable> passes_;
-  HashTable current_;
+  std::deque<HashTable> passes_;  // the last of which is at hand while recording
+  std::int64_t first_ = 0;        // number of the oldest
   std::size_t bytes_ = 0;
   bool recording_ = false;
 };

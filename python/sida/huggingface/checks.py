@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sida._core import check_cuda
 from sida.huggingface.adapter import ExpertAdapter
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -15,9 +16,7 @@ ROUTINGS = ("exact", "predicted")
 POLICIES = ("fifo", "lru", "lfu", "lookahead", "auto")
 
 
-def check_options(
-    *, routing: str, predictor: Any, policy: str, threads: int | None, host_memory: Any
-) -> None:
+def check_options(*, routing: str, predictor: Any, policy: str, threads: int | None) -> None:
     """Raise ValueError for options that cannot be right."""
     if routing not in ROUTINGS:
         raise ValueError(f'expected routing="exact" or "predicted", got {routing!r}')
@@ -30,27 +29,39 @@ def check_options(
         raise ValueError(f"expected policy to be one of {', '.join(POLICIES)}, got {policy!r}")
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ValueError(f"expected threads >= 1, or None for torch's number, got {threads!r}")
+
+
+def find_device(device: Any, model_device: torch.device, host_memory: Any) -> str:
+    """Return where experts are computed: "cpu", or "cuda:0" and the like.
+
+    Args:
+        device: What was asked for; None: where the model is.
+        model_device: Where the model is.
+        host_memory: What was asked for.
+
+    Raises:
+        ValueError: sida does not compute there.
+        CudaError: There is no such GPU, or no part of sida for it.
+    """
+    chosen = torch.device(model_device if device is None else device)
+    if chosen.type == "cuda":
+        name = f"cuda:{_current_gpu() if chosen.index is None else chosen.index}"
+        check_cuda(name)
+        return name
     if host_memory is not None:
         raise ValueError('host_memory= bounds pinned memory and goes with device="cuda"')
-
-
-def check_device(device: Any, model_device: torch.device | None = None) -> None:
-    """Raise unless experts can be computed on `device` (None: where the model is)."""
-    from sida import CudaError
-
-    chosen = torch.device(device) if device is not None else model_device or torch.device("cpu")
-    if chosen.type == "cuda":
-        raise CudaError(
-            "this build of sida has no CUDA backend: offload a model that is on the CPU, with "
-            'device="cpu"'
-        )
     if chosen.type != "cpu":
-        raise ValueError(f'expected device="cpu", got {str(chosen)!r}')
-    if model_device is not None and model_device.type != "cpu":
+        raise ValueError(f'expected device="cpu" or device="cuda", got {str(chosen)!r}')
+    if model_device.type != "cpu":
         raise ValueError(
             f"the model is on {model_device}, its experts would be computed on the CPU: call "
             'model.to("cpu") first'
         )
+    return "cpu"
+
+
+def _current_gpu() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def check_model(model: nn.Module) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -39,34 +40,58 @@ class ExpertSource(Protocol):
         """Give the experts back to the model, or let them go. Idempotent."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where experts are computed."""
+
+    device: str
+    """"cpu", or "cuda:0" and the like."""
+    host_memory: Memory | None = None
+    """Limit of pinned memory for a GPU's experts."""
+
+    def cache(self, store: ExpertStore, memory: Memory, policy: str) -> ExpertCache:
+        """Return a cache of a store's experts there."""
+        return ExpertCache(
+            store, memory, policy=policy, device=self.device, host_memory=self.host_memory
+        )
+
+
 class ModelExperts:
     """The experts of a model in memory: used where they are, or moved to a file."""
 
     restores, staging_bytes = True, 0
 
     def __init__(
-        self, adapter: ExpertAdapter, config: MoeConfig, folder: str | os.PathLike[str] | None
+        self,
+        adapter: ExpertAdapter,
+        config: MoeConfig,
+        folder: str | os.PathLike[str] | None,
+        place: Place,
     ) -> None:
         self._adapter, self._config, self._folder = adapter, config, folder
+        self._place = place
         self._file: ExpertFile | None = None
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
-        """Whether all experts fit the budget."""
-        return self._file is None and self._in_place(memory, policy).in_place
+        """Whether all experts fit the budget; not on a GPU, where all have slots."""
+        if self._place.device != "cpu" or self._file is not None:
+            return False
+        return self._in_place(memory, policy).in_place
 
     def open(self, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache over the model's arrays if all fit, else over a file of them."""
         if self._file is None:
-            cache = self._in_place(memory, policy)
-            if cache.in_place:
-                return cache
-            del cache  # it holds on to the arrays that are to go
+            if self._place.device == "cpu":
+                cache = self._in_place(memory, policy)
+                if cache.in_place:
+                    return cache
+                del cache  # it holds on to the arrays that are to go
             self._file = ExpertFile(self._adapter, self._folder)
         try:
             store = ExpertStore.open(
                 self._file.path, layers=self._adapter.layer_names, config=self._config
             )
-            return ExpertCache(store, memory, policy=policy)
+            return self._place.cache(store, memory, policy)
         except BaseException:
             self.release()
             raise
@@ -93,8 +118,9 @@ class CheckpointExperts:
 
     restores = False
 
-    def __init__(self, store: ExpertStore) -> None:
+    def __init__(self, store: ExpertStore, place: Place) -> None:
         self._store: ExpertStore | None = store
+        self._place = place
         self.staging_bytes = store.staging_bytes
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
@@ -104,7 +130,7 @@ class CheckpointExperts:
     def open(self, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache of the checkpoint's experts."""
         assert self._store is not None
-        return ExpertCache(self._store, memory, policy=policy)
+        return self._place.cache(self._store, memory, policy)
 
     def release(self) -> None:
         """Let go of the file."""

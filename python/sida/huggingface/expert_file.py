@@ -29,6 +29,7 @@ class _Saved:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
     requires_grad: bool
     begin: int
     end: int
@@ -80,7 +81,7 @@ class ExpertFile:
     def restore(self) -> None:
         """Put equal weights back into the modules, and remove the file."""
         for saved in self._saved[: self._moved]:
-            weight = _read(self._file, self._begin + saved.begin, saved)
+            weight = _read(self._file, self._begin + saved.begin, saved).to(saved.device)
             saved.linear.module.weight = nn.Parameter(weight, requires_grad=saved.requires_grad)
         self._discard()
 
@@ -101,7 +102,7 @@ class ExpertFile:
         for layer in range(layers):
             here = self._saved[layer * each : (layer + 1) * each]
             for saved in here:
-                weight = saved.linear.weight.detach().contiguous()
+                weight = saved.linear.weight.detach().to("cpu").contiguous()
                 _write(self._file, weight.view(torch.uint8).numpy().data)
             for saved in here:
                 empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
@@ -122,6 +123,7 @@ def _plan(adapter: ExpertAdapter) -> list[_Saved]:
                         f"{name}.{linear.key}",
                         tuple(weight.shape),
                         weight.dtype,
+                        weight.device,
                         weight.requires_grad,
                         begin,
                         end,

@@ -21,6 +21,7 @@ from sida.huggingface.passes import Passes
 from sida.huggingface.tables import Tables
 from sida.stats import Stats, collect
 from sida.torch.experts_module import CLOSED
+from sida.torch.teacher import model_device
 
 
 class Offloaded:
@@ -37,6 +38,7 @@ class Offloaded:
         source: ExpertSource,
         *,
         memory: Memory,
+        device: str,
         routing: str,
         tables: Tables | None,
         policy: str,
@@ -49,8 +51,16 @@ class Offloaded:
         self._threads, self._skip_padding = threads, skip_padding
         self._map_ready: threading.Semaphore | None = None
         self._engine: Engine | None = None
+        self._home = model_device(model)
         self._start(memory)
         assert self._engine is not None
+        try:
+            model.to(device)
+        except BaseException:
+            self._stop()
+            source.release()
+            model.to(self._home)
+            raise
         self._passes: Passes = Passes(adapter, tables, self._engine)
         self._passes.install()
         if isinstance(model, PreTrainedModel):
@@ -182,6 +192,7 @@ class Offloaded:
                 del self._adapter
             elif self._model is not None:
                 self._model.__dict__.pop("save_pretrained", None)
+                self._model.to(self._home)
 
     def __enter__(self) -> Offloaded:
         return self

@@ -14,7 +14,7 @@ from torch import nn
 from sida._core import ExpertStore
 from sida.huggingface import checks, switch
 from sida.huggingface.adapter import find_adapter
-from sida.huggingface.engine import CheckpointExperts, Memory
+from sida.huggingface.engine import CheckpointExperts, Memory, Place
 from sida.huggingface.handle import Offloaded
 from sida.huggingface.tables import open_tables
 
@@ -45,7 +45,7 @@ def from_pretrained(
     threads: int | None = None,
     skip_padding: bool = False,
     offload_dir: str | os.PathLike[str] | None = None,
-    host_memory: Any = None,
+    host_memory: Memory | None = None,
     **hf_kwargs: Any,
 ) -> Offloaded:
     """Load a checkpoint whose experts stay in its files and are read as they are needed.
@@ -78,9 +78,8 @@ def from_pretrained(
         predictor=predictor,
         policy=policy,
         threads=threads,
-        host_memory=host_memory,
     )
-    checks.check_device(device)
+    place = Place(checks.find_device(device, torch.device("cpu"), host_memory), host_memory)
     for name, reason in REFUSED.items():
         if hf_kwargs.get(name) is not None:
             raise ValueError(f"from_pretrained does not take {name}=: {reason}")
@@ -100,8 +99,9 @@ def from_pretrained(
     return Offloaded(
         model,
         adapter,
-        CheckpointExperts(store),
+        CheckpointExperts(store, place),
         memory=memory,
+        device=place.device,
         routing=routing,
         tables=open_tables(predictor, adapter),
         policy=policy,

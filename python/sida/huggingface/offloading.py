@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from sida.huggingface import checks
 from sida.huggingface.adapter import find_adapter
-from sida.huggingface.engine import Memory, ModelExperts
+from sida.huggingface.engine import Memory, ModelExperts, Place
 from sida.huggingface.handle import Offloaded
 from sida.huggingface.tables import open_tables
 from sida.torch.teacher import model_device
@@ -33,7 +33,7 @@ def offload(
     threads: int | None = None,
     skip_padding: bool = False,
     offload_dir: str | os.PathLike[str] | None = None,
-    host_memory: Any = None,
+    host_memory: Memory | None = None,
 ) -> Offloaded:
     """Keep no more of a model's experts in fast memory than `memory` allows.
 
@@ -46,7 +46,8 @@ def offload(
         model: A model of transformers; changed in place until the handle is closed.
         memory: Limit for experts over all layers: bytes (an int, "2GiB"), a share of all (0.2,
             "20%"), or a count ("12 experts", "1 expert").
-        device: Where experts are computed; by default where the model is.
+        device: Where experts are computed, and where the other weights go: "cpu", "cuda", "cuda:1";
+            by default where the model is. For a GPU the experts are kept in pinned memory.
         routing: "exact": the model's own routers decide, and a predictor only brings experts
             early. "predicted" (SiDA-MoE): in the layers that the predictor foretells, experts and
             scales come from its hash table, and the routers never run; their logits are then
@@ -57,7 +58,8 @@ def offload(
         threads: For computing experts; by default as many as torch uses.
         skip_padding: Leave out tokens of padding; their rows come out of the experts as zeros.
         offload_dir: Where the experts' file goes; by default the system's temporary folder.
-        host_memory: Limit of pinned memory, for a GPU.
+        host_memory: Limit of pinned memory, as `memory`, for a GPU; experts beyond it are read from
+            the file each time. By default nine tenths of the RAM.
 
     Returns:
         A handle; closing it (or leaving it as a context) gives the model its experts back.
@@ -66,24 +68,26 @@ def offload(
         ValueError: Unknown or dispatched model, quantised experts, LoRA on experts, a second
             handle, a budget too small, a predictor of another model.
         OSError: There is no room for the experts' file.
+        MemoryError: The GPU has less memory free than the budget, or the RAM cannot be pinned.
+        CudaError: There is no such GPU, or no CUDA part of sida.
     """
     checks.check_options(
         routing=routing,
         predictor=predictor,
         policy=policy,
         threads=threads,
-        host_memory=host_memory,
     )
     adapter = find_adapter(model)
     checks.check_model(model)
     dtype = checks.experts_dtype(adapter)
-    checks.check_device(device, model_device(model))
+    place = Place(checks.find_device(device, model_device(model), host_memory), host_memory)
     tables = open_tables(predictor, adapter)
     return Offloaded(
         model,
         adapter,
-        ModelExperts(adapter, adapter.config(dtype), offload_dir),
+        ModelExperts(adapter, adapter.config(dtype), offload_dir, place),
         memory=memory,
+        device=place.device,
         routing=routing,
         tables=tables,
         policy=policy,

@@ -40,7 +40,8 @@ struct ActiveExpert {
   std::int32_t expert, row_begin, rows, unused;
 };
 
-/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's.
+/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's, `counts`
+/// not far behind `invalid`: the host reads both with one copy.
 struct Plan {
   ActiveExpert* active;        ///< [min(E, T * k)]
   std::int32_t* active_count;  ///< [1]
@@ -71,6 +72,29 @@ struct ExpertSlabs {
 /// Bytes of scratch memory of one call, aligned to 16 bytes: intermediate activations and each
 /// row's result in f32.
 std::size_t workspace_bytes(const LayerShape& shape);
+
+/// A call's routing as the caller has it. On the device.
+struct GivenRouting {
+  const void* ids = nullptr;  ///< [T, k] i32, or i64 with `wide_ids`
+  bool wide_ids = false;
+  const void* weights = nullptr;  ///< [T, k]
+  Dtype weights_type = Dtype::f32;
+  const std::uint8_t* keep = nullptr;  ///< [T] 0: leave the token out; or null
+};
+
+/// What take_routing() writes: for the other kernels, and for the host, which reads pinned memory.
+struct TakenRouting {
+  std::int32_t* ids;       ///< [T, k], ids beyond 32 bits as the largest or smallest
+  float* weights;          ///< [T, k], 0 where a token is left out
+  std::int32_t* host_ids;  ///< [T, k], `left_out` where a choice is
+  float* host_weights;     ///< [T, k], 0 where a choice is left out
+};
+constexpr std::int32_t left_out = -0x7fffffff - 1;
+
+/// Brings a call's routing into one form, and to the host.
+/// @throws std::runtime_error if a launch fails.
+void take_routing(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
+                  Stream stream);
 
 /// Groups assignments by expert: stable, the same on every run. Left out are those whose weight is
 /// 0, those with id E (the sentinel), and those with any other id outside [0, E), which are

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "expert_kernels.hpp"
+#include "sida/backend/cuda_backend.hpp"
+#include "sida/core/error.hpp"
+#include "sida/ffn/routed_call.hpp"
+
+namespace sida::cuda {
+
+/// The routing of the latest calls in pinned memory, which the GPU writes; each call is accounted
+/// for when its routing is there. Thread-safe; begin(), commit() and drop() are for one caller at a
+/// time.
+class RoutingLog {
+ public:
+  /// A call's place in the log.
+  class Entry {
+   public:
+    std::int32_t* ids() const { return reinterpret_cast<std::int32_t*>(memory_.data()); }
+    float* weights() const { return reinterpret_cast<float*>(ids() + assignments_); }
+    /// [E + slack] further integers.
+    std::int32_t* counts() const { return ids() + 2 * assignments_; }
+    /// To be read when the GPU has written them.
+    RoutedTokens routed() const {
+      return {tokens_, top_k_, {ids(), assignments_}, {weights(), assignments_}, mask_};
+    }
+    /// Behind all of the call's work.
+    CudaBackend::Event& done() { return done_; }
+
+   private:
+    friend RoutingLog;
+    PinnedBuffer memory_;
+    CudaBackend::Event done_;
+    std::int64_t tokens_ = 0;
+    std::int32_t top_k_ = 1;
+    std::size_t assignments_ = 0;
+    std::vector<std::uint8_t> mask_;
+    Account account_;
+    bool is_pending_ = false;
+  };
+
+  RoutingLog(CudaBackend& backend, std::int32_t experts) : backend_(backend), experts_(experts) {}
+  RoutingLog(const RoutingLog&) = delete;
+  RoutingLog& operator=(const RoutingLog&) = delete;
+  ~RoutingLog() {
+    try {
+      const std::lock_guard lock(mutex_);
+      for (Entry& entry : entries_)
+        if (entry.is_pending_) backend_.synchronize(entry.done_);
+    } catch (const CudaError&) {  // nothing more to wait for
+    }
+  }
+
+  /// Accounts for what is there, and gives the next call its place; `slack` is of counts().
+  /// @throws OutOfRange for an earlier call's id, CudaError, OutOfMemory.
+  Entry& begin(std::int64_t tokens, std::int32_t top_k, std::span<const std::uint8_t> mask,
+               Account account, std::size_t slack) {
+    const std::lock_guard lock(mutex_);
+    while (entries_[oldest_].is_pending_ && backend_.is_complete(entries_[oldest_].done_))
+      settle_oldest();
+    if (entries_[next_].is_pending_) {  // all are: the oldest is the next
+      backend_.synchronize(entries_[next_].done_);
+      settle_oldest();
+    }
+    Entry& entry = entries_[next_];
+    entry.tokens_ = tokens;
+    entry.top_k_ = top_k;
+    entry.assignments_ = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
+    entry.mask_.assign(mask.begin(), mask.end());
+    entry.account_ = std::move(account);
+    const std::size_t bytes =
+        (2 * entry.assignments_ + static_cast<std::size_t>(experts_) + slack) * sizeof(float);
+    if (entry.memory_.size() < bytes) {
+      entry.memory_ = {};
+      entry.memory_ = PinnedBuffer(backend_, std::max<std::size_t>(2 * bytes, 4096));
+    }
+    if (!entry.done_.native()) entry.done_ = backend_.make_event();
+    return entry;
+  }
+
+  /// All of the work of the call that begin() was for is enqueued. One that is `dropped` is not
+  /// accounted for.
+  void commit(CudaBackend::Stream& stream, bool dropped) {
+    const std::lock_guard lock(mutex_);
+    Entry& entry = entries_[next_];
+    backend_.record(entry.done_, stream);
+    if (dropped) entry.account_ = nullptr;
+    entry.is_pending_ = true;
+    next_ = (next_ + 1) % entries_.size();
+  }
+
+  /// Waits for all calls that were committed, and accounts for them. @throws as begin().
+  void settle() {
+    const std::lock_guard lock(mutex_);
+    while (entries_[oldest_].is_pending_) {
+      backend_.synchronize(entries_[oldest_].done_);
+      settle_oldest();
+    }
+  }
+
+  /// @throws OutOfRange naming the first id that is no expert's.
+  void expect_experts(const Entry& entry) const {
+    for (std::size_t a = 0; a < entry.assignments_; ++a) {
+      const std::int32_t id = entry.ids()[a];
+      if (id != left_out && (id < 0 || id >= experts_))
+        throw OutOfRange("expert ids: expected 0 to " + std::to_string(experts_ - 1) + ", got " +
+                         std::to_string(id) + " for token " +
+                         std::to_string(a / static_cast<std::size_t>(entry.top_k_)));
+    }
+  }
+
+ private:
+  void settle_oldest() {
+    Entry& entry = entries_[oldest_];
+    oldest_ = (oldest_ + 1) % entries_.size();
+    entry.is_pending_ = false;
+    const Account account = std::exchange(entry.account_, nullptr);
+    if (!account) return;
+    expect_experts(entry);
+    std::replace(entry.ids(), entry.ids() + entry.assignments_, left_out, -1);
+    account(entry.routed());
+  }
+
+  CudaBackend& backend_;
+  std::int32_t experts_;
+  std::mutex mutex_;
+  std::array<Entry, 32> entries_;
+  std::size_t next_ = 0, oldest_ = 0;
+};
+
+}  // namespace sida::cuda
