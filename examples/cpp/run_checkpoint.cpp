@@ -8,41 +8,20 @@
 // Tokens and their routing are random, the same in every run. The routing of a batch is known when
 // it begins, as from a perfect predictor, so experts are brought before their layer asks for them.
 
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <exception>
 #include <memory>
 #include <random>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "checkpoint_run.hpp"
 #include "sida/io.hpp"
 #include "sida/sida.hpp"
 
 using Cache = sida::ExpertCache<sida::CpuBackend, sida::LookAheadPolicy>;
 using Scheduler = sida::OffloadScheduler<sida::CpuBackend, sida::LookAheadPolicy>;
 using Layer = sida::OffloadedExperts<sida::CpuBackend, sida::LookAheadPolicy>;
-
-// For every layer and token its top_k experts, all different, with equal weights.
-sida::HashTable random_routing(const sida::MoeConfig& config, std::int64_t tokens,
-                               std::mt19937& random) {
-  sida::HashTable table;
-  table.layers = config.layers;
-  table.candidates = config.top_k;
-  table.keys = {0};
-  table.offsets = {0, tokens};
-  for (std::int64_t row = 0; row < config.layers * tokens; ++row) {
-    const auto first = static_cast<std::int32_t>(random() % static_cast<unsigned>(config.experts));
-    for (std::int32_t j = 0; j < config.top_k; ++j)
-      table.ids.push_back((first + j) % config.experts);
-  }
-  table.probs.assign(table.ids.size(), 1.0f);
-  table.scale.assign(table.ids.size(), 1.0f / static_cast<float>(config.top_k));
-  return table;
-}
 
 void run(const std::string& checkpoint, const std::string& budget, std::int64_t tokens,
          int batches) {
@@ -67,29 +46,11 @@ void run(const std::string& checkpoint, const std::string& budget, std::int64_t 
       Layer(config, layer, scheduler, ffn)
           .forward_predicted({std::as_bytes(std::span(hidden)).data(), config.dtype, shape},
                              {std::as_writable_bytes(std::span(out)).data(), config.dtype, shape});
-      for (std::size_t i = 0; i < hidden.size(); ++i) sum += std::abs(out[i]);
-      for (std::size_t i = 0; i < hidden.size(); ++i)
-        hidden[i] = std::clamp(hidden[i] + out[i], -4.0f, 4.0f);  // the block's residual
+      sum += add_to(hidden, out);
     }
     scheduler->end_pass();
   }
-  const sida::CacheStats stats = scheduler->stats();
-  std::printf("sum of |output|: %.17g\n", sum);
-  std::printf("uses %lld = hits %lld + late %lld + misses %lld; %lld loads, %lld bytes moved\n",
-              static_cast<long long>(stats.total.uses), static_cast<long long>(stats.total.hits),
-              static_cast<long long>(stats.total.late), static_cast<long long>(stats.total.misses),
-              static_cast<long long>(stats.loads), static_cast<long long>(stats.bytes_moved));
+  print(sum, scheduler->stats());
 }
 
-int main(int argc, char** argv) try {
-  const std::int64_t tokens = argc > 3 ? std::atoll(argv[3]) : 32;
-  const int batches = argc > 4 ? std::atoi(argv[4]) : 4;
-  if (argc < 2 || argc > 5 || tokens < 1 || batches < 1) {
-    std::fprintf(stderr, "usage: run_checkpoint CHECKPOINT [BUDGET [TOKENS [BATCHES]]]\n");
-    return 2;
-  }
-  run(argv[1], argc > 2 ? argv[2] : "20%", tokens, batches);
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "run_checkpoint: %s\n", error.what());
-  return 1;
-}
+int main(int argc, char** argv) { return run_with_arguments("run_checkpoint", argc, argv, run); }

@@ -21,6 +21,8 @@ from sida import MoeConfig
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
+CPU_ALONE = "-Ccmake.define.SIDA_CUDA=OFF"
+"""Whatever toolkit there is: what these tests look at is the same with the CUDA part."""
 HEADERS = sorted(str(p.relative_to(ROOT / "include")) for p in ROOT.glob("include/sida/**/*.hpp"))
 
 
@@ -82,7 +84,18 @@ def wheel(sdist: Path, build: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Built from the source archive, isolated."""
     folder = tmp_path_factory.mktemp("wheel")
     python = new_environment(tmp_path_factory.mktemp("builder"))
-    run(python, "-m", "pip", "wheel", "--no-deps", "-w", folder, f"-Cbuild-dir={build}", sdist)
+    run(
+        python,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "-w",
+        folder,
+        f"-Cbuild-dir={build}",
+        CPU_ALONE,
+        sdist,
+    )
     (file,) = folder.iterdir()
     return file
 
@@ -242,6 +255,38 @@ def test_a_project_built_by_scikit_build_core_finds_sida_by_itself(
     check_program(python.with_name("run_checkpoint"), checkpoint)
 
 
+def test_without_a_toolkit_the_cpu_part_is_built_and_that_is_said(
+    source: Path, tmp_path: Path
+) -> None:
+    options = ("-G", "Ninja", "-DSIDA_BUILD_TESTS=OFF", "-DSIDA_CUDA=AUTO")
+    missing = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+    said = run("cmake", "-S", source, "-B", tmp_path, *options, missing)
+    assert "sida: without the CUDA backend, since no nvcc" in said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_a_stranger_finds_the_cuda_backend(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    project = ROOT / "tests" / "consumer" / "find_package_cuda"
+    for cuda in ("OFF", "AUTO"):
+        plain = ("-G", "Ninja", "-DSIDA_BUILD_TESTS=OFF", "-DSIDA_BUILD_EXAMPLES=OFF")
+        options = (*plain, f"-DSIDA_CUDA={cuda}", "-DCMAKE_CUDA_ARCHITECTURES=80")
+        said = run("cmake", "-S", source, "-B", tmp_path / cuda, *options)
+        assert ("sida: with the CUDA backend" in said) == (cuda == "AUTO")
+        run("cmake", "--build", tmp_path / cuda)
+        run("cmake", "--install", tmp_path / cuda, "--prefix", tmp_path / f"installed-{cuda}")
+        shutil.rmtree(tmp_path / cuda)
+    user = ("cmake", "-S", project, "-B", tmp_path / "user", "-G", "Ninja")
+    said = run(*user, f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed-OFF'}", fails=True)
+    assert "built without CUDA" in said
+    run(*user, f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed-AUTO'}")
+    run("cmake", "--build", tmp_path / "user")
+    program = tmp_path / "user" / "run_checkpoint_cuda"
+    if shutil.which("nvidia-smi") is None:
+        assert "cuda: " in run(program, checkpoint, fails=True)
+    else:
+        check_program(program, checkpoint)
+
+
 def test_missing_dependencies_are_named(source: Path, python: Path, tmp_path: Path) -> None:
     missing = "-DCMAKE_DISABLE_FIND_PACKAGE_Eigen3=ON"
     said = run("cmake", "-S", source, "-B", tmp_path / "a", "-G", "Ninja", missing, fails=True)
@@ -257,7 +302,7 @@ def test_an_editable_install_follows_the_sources(
     source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     python = new_environment(tmp_path_factory.mktemp("editable"))
-    run(python, "-m", "pip", "install", "-e", source)
+    run(python, "-m", "pip", "install", CPU_ALONE, "-e", source)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     where = "import sida, sida._core; print(sida.__file__, sida._core.__version__)"
     assert str(source) in run(python, "-c", where, cwd=elsewhere)
