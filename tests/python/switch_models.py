@@ -16,6 +16,8 @@ from transformers import (
     SwitchTransformersModel,
 )
 
+import sida
+
 EXPERTS, LAYERS = 8, 2
 """In each stack."""
 MARGIN = 1e-4
@@ -84,6 +86,19 @@ def decoder_inputs(batch: dict[str, Tensor], length: int = 6) -> dict[str, Tenso
     """The batch with something for a decoder to read."""
     ids = batch["input_ids"].flip(1)[:, :length].contiguous()
     return {**batch, "decoder_input_ids": ids}
+
+
+def wrong_table(table: sida.HashTable) -> sida.HashTable:
+    """The table with another expert in each place."""
+    return sida.HashTable(
+        layers=table.layers,
+        candidates=table.candidates,
+        keys=table.keys,
+        offsets=table.offsets,
+        ids=(table.ids + 1) % EXPERTS,
+        probs=table.probs,
+        scale=table.scale,
+    )
 
 
 @torch.no_grad()

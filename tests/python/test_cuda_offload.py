@@ -14,7 +14,6 @@ pytest.importorskip("transformers")
 
 from gpu import needs_gpu
 from switch_models import (
-    EXPERTS,
     decoder_inputs,
     experts_of,
     make_batch,
@@ -23,6 +22,7 @@ from switch_models import (
     make_seq2seq,
     relative,
     run,
+    wrong_table,
 )
 
 import sida
@@ -75,16 +75,7 @@ def test_same_bits_with_any_prediction(tmp_path: Path) -> None:
     with sida.offload(model, memory=1.0, device="cuda") as off:
         expected = run(off.model, batch)
         table = off.record(tmp_path / "table")
-    wrong = sida.HashTable(
-        layers=table.layers,
-        candidates=table.candidates,
-        keys=table.keys,
-        offsets=table.offsets,
-        ids=(table.ids + 1) % EXPERTS,
-        probs=table.probs,
-        scale=table.scale,
-    )
-    for predictor in (table, wrong):
+    for predictor in (table, wrong_table(table)):
         for memory in ("1 expert", 0.3, 1.0):
             with sida.offload(model, memory=memory, device="cuda", predictor=predictor) as off:
                 for output in off.map([batch] * 3):

@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from switch_models import (
-    EXPERTS,
     MARGIN,
     decoder_inputs,
     experts_of,
@@ -23,6 +22,7 @@ from switch_models import (
     margins,
     relative,
     run,
+    wrong_table,
 )
 
 import sida
@@ -83,16 +83,7 @@ def test_same_bits_with_any_prediction(tmp_path: Any) -> None:
     with sida.offload(model, memory=1.0) as off:
         expected = run(off.model, batch)
         table = off.record(tmp_path / "table")
-    wrong = sida.HashTable(
-        layers=table.layers,
-        candidates=table.candidates,
-        keys=table.keys,
-        offsets=table.offsets,
-        ids=(table.ids + 1) % EXPERTS,
-        probs=table.probs,
-        scale=table.scale,
-    )
-    for predictor in (table, wrong):
+    for predictor in (table, wrong_table(table)):
         for memory in ("1 expert", 0.3):
             with sida.offload(model, memory=memory, predictor=predictor) as off:
                 assert torch.equal(run(off.model, batch), expected)
