@@ -196,14 +196,17 @@ def quietness(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Say what was measured, on what, and by which command."""
+    """Say what was measured, on what, and by which command.
+
+    Where the sources are a copy without git, SIDA_COMMIT names the commit.
+    """
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
     import transformers
 
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.stdout.strip() or os.environ.get("SIDA_COMMIT"),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),

@@ -218,6 +218,13 @@ std::vector<std::uint8_t> mask_of(const py::object& mask) {
   return mask.is_none() ? std::vector<std::uint8_t>{} : Array(mask, "mask").flags();
 }
 
+Place place_of(const py::handle& array) {
+  if (!py::hasattr(array, "__dlpack_device__")) return {};
+  const auto [type, id] =
+      array.attr("__dlpack_device__")().cast<std::pair<std::int32_t, std::int32_t>>();
+  return {type == dlpack::cuda ? id : -1};
+}
+
 Stream stream_of(const py::handle& stream, const py::handle& array, int cuda_device) {
   SIDA_EXPECTS(cuda_device >= 0 || stream.is_none(),
                "stream: expected None, since the experts are computed on the CPU");

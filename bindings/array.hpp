@@ -55,6 +55,10 @@ class Array {
 /// The flags of a mask (nonzero: token); None has none, which means that all are tokens.
 std::vector<std::uint8_t> mask_of(const py::object& mask);
 
+/// Where an array is: in RAM, or on a GPU, to be used there in the order of the legacy default
+/// stream.
+Place place_of(const py::handle& array);
+
 /// The stream that a call means: an int (a cudaStream_t), or an object that has one as
 /// `__cuda_stream__()`, `cuda_stream` (torch) or `ptr` (CuPy). None: where arrays are of a library
 /// that tells its current stream, such as torch, that one, else the legacy default stream.

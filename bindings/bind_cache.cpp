@@ -36,9 +36,6 @@ Budget budget_of(const py::handle& memory) {
   return Budget::bytes(bytes);
 }
 
-namespace {
-
-// @throws CudaError where sida._cuda was not built, or cannot be loaded.
 const CudaPart& cuda_part() {
   try {
     const py::object capsule = py::module_::import("sida._cuda").attr("_part");
@@ -53,6 +50,8 @@ const CudaPart& cuda_part() {
     throw;
   }
 }
+
+namespace {
 
 // Bytes of pinned memory that `host_memory` allows for experts.
 std::optional<std::size_t> host_bytes_of(const py::handle& host_memory, const Store& store) {

@@ -41,8 +41,8 @@ using Arrays = std::vector<Array>;
 
 void add_part(const py::handle& object, const std::string& name, const MoeConfig& config,
               const std::vector<std::int64_t>& shape, std::size_t offset, Arrays& arrays,
-              std::vector<ArrayPart>& parts) {
-  Array array(object, name.c_str());
+              std::vector<ArrayPart>& parts, bool anywhere) {
+  Array array(object, name.c_str(), anywhere ? place_of(object) : Place());
   const ConstTensorView view = array.view();
   const ConstTensorView expected{nullptr, config.dtype, shape};
   SIDA_EXPECTS(view.type == config.dtype && view.shape == shape,
@@ -52,7 +52,8 @@ void add_part(const py::handle& object, const std::string& name, const MoeConfig
 }
 
 std::vector<ArrayPart> parts_of(const py::sequence& expert, const std::string& where,
-                                const MoeConfig& config, const SlabLayout& layout, Arrays& arrays) {
+                                const MoeConfig& config, const SlabLayout& layout, Arrays& arrays,
+                                bool anywhere) {
   SIDA_EXPECTS(py::len(expert) == 4, where + ": expected (up, down, up_bias, down_bias), got " +
                                          std::to_string(py::len(expert)) + " entries");
   const std::int64_t hidden = config.hidden_size;
@@ -65,7 +66,8 @@ std::vector<ArrayPart> parts_of(const py::sequence& expert, const std::string& w
     SIDA_EXPECTS(part.is_none() != present, where + ": " + name + ": expected " +
                                                 (present ? "an array" : "None") +
                                                 ", as the config says");
-    if (present) add_part(part, where + ": " + name, config, shape, offset, arrays, parts);
+    if (present)
+      add_part(part, where + ": " + name, config, shape, offset, arrays, parts, anywhere);
   };
   add(0, "up", true, {up_rows, hidden}, layout.up_offset);
   add(1, "down", true, {hidden, intermediate}, layout.down_offset);
@@ -90,12 +92,55 @@ Store store_of_arrays(const MoeConfig& config, const py::sequence& layers) {
     for (std::size_t e = 0; e < py::len(experts); ++e)
       parts.push_back(parts_of(experts[e],
                                "layer " + std::to_string(l) + ", expert " + std::to_string(e),
-                               config, layout, *arrays));
+                               config, layout, *arrays, false));
     names.push_back("layer" + std::to_string(l));
   }
   return {std::make_shared<ArrayStore>(config.layers, config.experts, layout.slab_bytes,
                                        std::move(parts), arrays),
           config, names, "arrays"};
+}
+
+// The parts of a layer's experts, in arrays in RAM or on a GPU, which `arrays` keeps.
+std::vector<std::vector<ArrayPart>> layer_parts(const py::sequence& experts,
+                                                const MoeConfig& config, Arrays& arrays) {
+  std::vector<std::vector<ArrayPart>> parts;
+  for (std::size_t e = 0; e < py::len(experts); ++e)
+    parts.push_back(parts_of(experts[e], "expert " + std::to_string(e), config, SlabLayout(config),
+                             arrays, true));
+  return parts;
+}
+
+void bind_pinned_layers(py::module_& module) {
+  py::class_<AnyPinnedLayers, std::shared_ptr<AnyPinnedLayers>>(
+      module, "PinnedLayers",
+      "Experts in pinned memory for a GPU, taken layer by layer, so that whoever had them can let "
+      "each layer go before the next. Arrays are in RAM or on the GPU.")
+      .def(py::init([](const MoeConfig& config, const std::string& device) {
+             return cuda_part().pin_layers(config, device);
+           }),
+           py::arg("config"), py::arg("device"))
+      .def_property_readonly("store", &AnyPinnedLayers::store,
+                             "The experts, for an ExpertCache, once all layers are there.")
+      .def(
+          "take",
+          [](AnyPinnedLayers& self, const py::sequence& experts) {
+            Arrays arrays;
+            const auto parts = layer_parts(experts, self.store().config, arrays);
+            const Unlocked unlocked;
+            self.take(parts);
+          },
+          py::arg("experts"), "Takes the next layer: [expert] -> (up, down, up_bias, down_bias).")
+      .def(
+          "give_back",
+          [](AnyPinnedLayers& self, std::int32_t layer, const py::sequence& experts) {
+            Arrays arrays;
+            const auto parts = layer_parts(experts, self.store().config, arrays);
+            for (const Array& array : arrays) array.writable();  // throws
+            const Unlocked unlocked;
+            self.give_back(layer, parts);
+          },
+          py::arg("layer"), py::arg("experts"),
+          "Copies a layer to such arrays, and frees its memory.");
 }
 
 }  // namespace
@@ -147,6 +192,7 @@ void bind_store(py::module_& module) {
             return slab;
           },
           py::arg("layer"), py::arg("expert"), "The expert's slab, uint8 [slab_bytes].");
+  bind_pinned_layers(module);
 }
 
 }  // namespace sida::bindings

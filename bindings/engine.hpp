@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "place.hpp"
+#include "sida/cache/array_store.hpp"
 #include "sida/cache/budget.hpp"
 #include "sida/cache/cache_stats.hpp"
 #include "sida/cache/expert_store.hpp"
@@ -97,6 +98,15 @@ ReplayResult replay(const std::string& policy, const HashTable& routing, const H
 std::shared_ptr<AnyCache> make_cpu_cache(const Store& store, const Budget& budget,
                                          const std::string& policy);
 
+/// See PinnedLayers.
+class AnyPinnedLayers {
+ public:
+  virtual ~AnyPinnedLayers() = default;
+  virtual const Store& store() const = 0;
+  virtual void take(std::span<const std::vector<ArrayPart>> parts) = 0;
+  virtual void give_back(std::int32_t layer, std::span<const std::vector<ArrayPart>> parts) = 0;
+};
+
 /// What sida._core reaches sida._cuda through.
 struct CudaPart {
   /// A cache on a GPU, of experts in at most `host_bytes` of pinned memory (by default nine tenths
@@ -104,8 +114,14 @@ struct CudaPart {
   std::shared_ptr<AnyCache> (*make_cache)(const Store& store, const Budget& budget,
                                           const std::string& policy, const std::string& device,
                                           std::optional<std::size_t> host_bytes);
+  /// Pinned memory for experts that are taken layer by layer. @throws CudaError.
+  std::shared_ptr<AnyPinnedLayers> (*pin_layers)(const MoeConfig& config,
+                                                 const std::string& device);
   /// @throws InvalidArgument, CudaError unless there is a GPU of this name.
   void (*check)(const std::string& device);
 };
+
+/// @throws CudaError where sida._cuda was not built, or cannot be loaded. Needs the GIL.
+const CudaPart& cuda_part();
 
 }  // namespace sida::bindings

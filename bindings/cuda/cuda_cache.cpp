@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda_cache.hpp"
 
-#include <algorithm>
 #include <utility>
 
 #include "sida/backend/cpu_backend.hpp"
 #include "sida/cuda.hpp"
+#include "sida/ffn/slab_layout.hpp"
 // The backend's headers come first.
 #include "engine_of.hpp"
 
@@ -21,15 +21,49 @@ struct Pinned {
   PinnedStore store;
 };
 
+/// Layers of experts, and what their slabs mean.
+class PinnedModel : public AnyPinnedLayers {
+ public:
+  PinnedModel(const CudaBackend& backend, const MoeConfig& config)
+      : layers_(std::make_shared<PinnedLayers>(backend, config.layers, config.experts,
+                                               SlabLayout(config).slab_bytes)) {
+    store_ = {layers_, config, {}, "arrays"};
+    for (std::int32_t layer = 0; layer < config.layers; ++layer)
+      store_.layer_names.push_back("layer" + std::to_string(layer));
+  }
+
+  const Store& store() const override { return store_; }
+  void take(std::span<const std::vector<ArrayPart>> parts) override { layers_->take(parts); }
+  void give_back(std::int32_t layer, std::span<const std::vector<ArrayPart>> parts) override {
+    layers_->give_back(layer, parts);
+  }
+
+ private:
+  std::shared_ptr<PinnedLayers> layers_;
+  Store store_;
+};
+
+std::shared_ptr<AnyPinnedLayers> pin_layers(const MoeConfig& config, const std::string& device) {
+  return std::make_shared<PinnedModel>(CudaBackend(CudaBackend::device_index(device)), config);
+}
+
+// The experts where a GPU copies from: in pinned memory, unless they lie there already.
+std::shared_ptr<ExpertStore> pinned(const CudaBackend& backend,
+                                    const std::shared_ptr<ExpertStore>& source,
+                                    std::optional<std::size_t> host_bytes) {
+  if (std::dynamic_pointer_cast<PinnedLayers>(source)) return source;
+  const auto made = std::make_shared<Pinned>(
+      backend, source, host_bytes.value_or(CpuBackend().available_bytes() / 10 * 9));
+  return {made, &made->store};
+}
+
 std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
                                      const std::string& policy, const std::string& device,
                                      std::optional<std::size_t> host_bytes) {
   const CudaBackend backend(CudaBackend::device_index(device));
   return with_policy(policy, [&]<EvictionPolicy Policy>(Type<Policy>) -> std::shared_ptr<AnyCache> {
-    const auto pinned = std::make_shared<Pinned>(
-        backend, store.store, host_bytes.value_or(CpuBackend().available_bytes() / 10 * 9));
-    const std::shared_ptr<ExpertStore> slow(pinned, &pinned->store);
-    return std::make_shared<Cache<CudaBackend, Policy>>(backend, store, slow, budget);
+    return std::make_shared<Cache<CudaBackend, Policy>>(
+        backend, store, pinned(backend, store.store, host_bytes), budget);
   });
 }
 
@@ -37,6 +71,6 @@ void check(const std::string& device) { CudaBackend backend(CudaBackend::device_
 
 }  // namespace
 
-const CudaPart cuda_part{&make_cache, &check};
+const CudaPart part{&make_cache, &pin_layers, &check};
 
 }  // namespace sida::bindings

@@ -5,6 +5,7 @@
 
 namespace sida::bindings {
 
-extern const CudaPart cuda_part;
+/// What this module gives to sida._core.
+extern const CudaPart part;
 
 }  // namespace sida::bindings

@@ -10,6 +10,6 @@ PYBIND11_MODULE(_cuda, module) {
   namespace py = pybind11;
   module.doc() = "The part of sida that needs CUDA.";
   py::module_::import("sida._core");
-  module.attr("_part") = py::capsule(&sida::bindings::cuda_part, "sida.CudaPart");
+  module.attr("_part") = py::capsule(&sida::bindings::part, "sida.CudaPart");
   module.def("devices", &sida::CudaBackend::devices, "The number of GPUs; 0 without a driver.");
 }

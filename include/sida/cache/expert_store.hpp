@@ -30,6 +30,10 @@ class ExpertStore {
   /// destination's content is then undefined).
   virtual void read(ExpertId id, std::size_t offset, std::span<std::byte> destination) = 0;
 
+  /// The expert's slab where it lies whole in pinned memory, which a GPU copies from; else null.
+  /// The id is not checked.
+  virtual const std::byte* pinned(ExpertId) const noexcept { return nullptr; }
+
   /// Bytes of memory that reading needs beside the destination (a conversion buffer), at most one
   /// slab; counted in a budget that is given in bytes.
   virtual std::size_t staging_bytes() const noexcept { return 0; }

@@ -46,8 +46,7 @@ class PinnedStore : public ExpertStore {
       source_->read(id, offset, destination);
   }
 
-  /// The expert's slab in pinned memory, null if it is read from the source. The id is not checked.
-  const std::byte* pinned(ExpertId id) const noexcept {
+  const std::byte* pinned(ExpertId id) const noexcept override {
     const std::size_t index =
         static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts()) +
         static_cast<std::size_t>(id.expert);

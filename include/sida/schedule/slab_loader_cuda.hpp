@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "sida/backend/cuda_backend.hpp"
-#include "sida/cache/pinned_store.hpp"
+#include "sida/cache/expert_store.hpp"
 #include "sida/schedule/slab_loader.hpp"
 
 namespace sida {
@@ -28,9 +28,8 @@ class SlabLoader<CudaBackend> {
   /// @throws what the store throws, CudaError, OutOfMemory.
   void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
             std::byte* slab) {
-    const auto* const pinned = dynamic_cast<const PinnedStore*>(&store);
     std::unique_ptr<Lane> lane = take();
-    if (const std::byte* source = pinned ? pinned->pinned(id) : nullptr)
+    if (const std::byte* source = store.pinned(id))
       copy(*lane, slab + offset, source + offset, bytes);
     else
       copy_through(*lane, store, id, offset, bytes, slab);

@@ -13,6 +13,7 @@ from torch import Tensor
 from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadedExperts, OffloadScheduler
 from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.expert_file import ExpertFile
+from sida.huggingface.pinned_experts import PinnedExperts
 
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
@@ -57,7 +58,7 @@ class Place:
 
 
 class ModelExperts:
-    """The experts of a model in memory: used where they are, or moved to a file."""
+    """The experts of a model in memory: used where they are, or moved."""
 
     restores, staging_bytes = True, 0
 
@@ -70,27 +71,30 @@ class ModelExperts:
     ) -> None:
         self._adapter, self._config, self._folder = adapter, config, folder
         self._place = place
-        self._file: ExpertFile | None = None
+        self._moved: ExpertFile | PinnedExperts | None = None
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
         """Whether all experts fit the budget; not on a GPU, where all have slots."""
-        if self._place.device != "cpu" or self._file is not None:
+        if self._place.device != "cpu" or self._moved is not None:
             return False
         return self._in_place(memory, policy).in_place
 
     def open(self, memory: Memory, policy: str) -> ExpertCache:
-        """Return a cache over the model's arrays if all fit, else over a file of them."""
-        if self._file is None:
+        """Return a cache over the model's arrays if all fit, else over where they are moved."""
+        if self._moved is None:
             if self._place.device == "cpu":
                 cache = self._in_place(memory, policy)
                 if cache.in_place:
                     return cache
                 del cache  # it holds on to the arrays that are to go
-            self._file = ExpertFile(self._adapter, self._folder)
+            self._moved = self._move()
         try:
-            store = ExpertStore.open(
-                self._file.path, layers=self._adapter.layer_names, config=self._config
-            )
+            if isinstance(self._moved, PinnedExperts):
+                store = self._moved.store
+            else:
+                store = ExpertStore.open(
+                    self._moved.path, layers=self._adapter.layer_names, config=self._config
+                )
             return self._place.cache(store, memory, policy)
         except BaseException:
             self.release()
@@ -98,9 +102,15 @@ class ModelExperts:
 
     def release(self) -> None:
         """Put the experts back where they were."""
-        if self._file is not None:
-            self._file.restore()
-            self._file = None
+        if self._moved is not None:
+            self._moved.restore()
+            self._moved = None
+
+    def _move(self) -> ExpertFile | PinnedExperts:
+        """Take the experts: into pinned memory for a GPU, to a file if not all may be pinned."""
+        if self._place.device != "cpu" and self._place.host_memory is None:
+            return PinnedExperts(self._adapter, self._config, self._place.device)
+        return ExpertFile(self._adapter, self._folder)
 
     def _in_place(self, memory: Memory, policy: str) -> ExpertCache:
         experts = [
