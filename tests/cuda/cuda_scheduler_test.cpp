@@ -3,6 +3,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "sida/cache/lfu_policy.hpp"
 #include "sida/cache/look_ahead_policy.hpp"
 #include "sida/cache/lru_policy.hpp"
+#include "sida/cache/pinned_layers.hpp"
 #include "sida/cache/pinned_store.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
 #include "sida/schedule/slab_loader_cuda.hpp"
@@ -132,4 +134,42 @@ TEST_CASE("Filling pinned memory passes a failing read on", "[cuda][store]") {
       });
   CHECK_THROWS_WITH(PinnedStore(backend, store, all_bytes), "injected");
   CHECK_NOTHROW(PinnedStore(backend, store, 8 * slab_bytes));  // does not reach it
+}
+
+TEST_CASE("Layers that were taken from RAM and from the GPU lie in pinned memory and come back",
+          "[cuda][store]") {
+  if (!gpu_found()) return;
+  CudaBackend backend;
+  PatternStore pattern(2, experts, slab_bytes);
+  PinnedLayers pinned(backend, 2, experts, slab_bytes);
+  std::vector<std::vector<std::byte>> slabs(2 * experts, std::vector<std::byte>(slab_bytes));
+  std::vector<DeviceBuffer> there(experts);
+  std::vector<std::vector<ArrayPart>> parts(2 * experts);
+  for (std::size_t i = 0; i < slabs.size(); ++i) {
+    const ExpertId id{static_cast<std::int32_t>(i) / experts,
+                      static_cast<std::int32_t>(i) % experts};
+    pattern.read(id, 0, slabs[i]);
+    const std::byte* data = slabs[i].data();
+    if (id.layer == 1) {
+      there[static_cast<std::size_t>(id.expert)].fill(slabs[i]);
+      data = there[static_cast<std::size_t>(id.expert)].data();
+    }
+    parts[i] = {{0, data, 1000}, {1000, data + 1000, slab_bytes - 1000}};
+  }
+  const std::span all(parts);
+  pinned.take(all.first(experts));
+  for (auto& slab : slabs) slab.assign(slab_bytes, std::byte{0});  // let go
+  pinned.take(all.last(experts));
+  CHECK_THROWS_AS(pinned.take(all.last(experts)), InvalidArgument);
+  for (std::int32_t layer = 0; layer < 2; ++layer)
+    for (std::int32_t e = 0; e < experts; ++e)
+      CHECK(pattern.holds({layer, e}, pinned.pinned({layer, e})));
+
+  there[3].poison(slab_bytes);
+  pinned.give_back(0, all.first(experts));
+  pinned.give_back(1, all.last(experts));
+  for (std::int32_t e = 0; e < experts; ++e)
+    CHECK(pattern.holds({0, e}, slabs[static_cast<std::size_t>(e)].data()));
+  copy_to_host(slabs[3].data(), there[3].data(), slab_bytes);
+  CHECK(pattern.holds({1, 3}, slabs[3].data()));
 }

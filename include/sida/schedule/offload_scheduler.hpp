@@ -244,6 +244,7 @@ class OffloadScheduler {
   void resize(const Budget& budget) {
     const auto mine = turn();
     expect_open();
+    settle();  // calls that hold no leases may still read the arena
     {
       const std::lock_guard lock(cache_.mutex());
       if (transfers_.queue().calls() > 0) throw StateError("resize: a layer call is under way");
