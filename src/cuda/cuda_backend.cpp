@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdint>
+#include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -67,6 +70,64 @@ void CudaBackend::Event::Destroy::operator()(CUevent_st* handle) const noexcept 
   cudaEventDestroy(handle);
 }
 
+/// Events that no fence has at the moment. Thread-safe.
+class CudaBackend::Events {
+ public:
+  Event take(CudaBackend& backend) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!idle_.empty()) {
+        Event event = std::move(idle_.back());
+        idle_.pop_back();
+        return event;
+      }
+    }
+    return backend.make_event();
+  }
+  void give_back(Event event) noexcept {
+    const std::lock_guard lock(mutex_);
+    try {
+      idle_.push_back(std::move(event));
+    } catch (const std::bad_alloc&) {  // the event is destroyed instead
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Event> idle_;
+};
+
+struct CudaBackend::Fence::Mark {
+  Mark(std::shared_ptr<Events> owner, Event taken, unsigned long long stream_id)
+      : events(std::move(owner)), event(std::move(taken)), stream(stream_id) {}
+  Mark(const Mark&) = delete;
+  Mark& operator=(const Mark&) = delete;
+  ~Mark() { events->give_back(std::move(event)); }
+
+  std::shared_ptr<Events> events;
+  Event event;
+  unsigned long long stream;  // its id, which no later stream has
+  std::uint64_t number = 0;   // rises in a stream
+};
+
+void CudaBackend::Fence::add(const std::shared_ptr<const Mark>& mark) {
+  if (!mark) return;
+  const auto keep_later = [&](std::shared_ptr<const Mark>& mine) {
+    if (mine->stream != mark->stream) return false;
+    if (mine->number < mark->number) mine = mark;
+    return true;
+  };
+  if (!mark_)
+    mark_ = mark;
+  else if (!keep_later(mark_) && std::none_of(others_.begin(), others_.end(), keep_later))
+    others_.push_back(mark);
+}
+
+void CudaBackend::Fence::add(const Fence& other) {
+  add(other.mark_);
+  for (const auto& mark : other.others_) add(mark);
+}
+
 int CudaBackend::devices() noexcept {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
@@ -85,7 +146,7 @@ int CudaBackend::device_index(std::string_view device) {
   return index;
 }
 
-CudaBackend::CudaBackend(int device) : device_(device) {
+CudaBackend::CudaBackend(int device) : device_(device), events_(std::make_shared<Events>()) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
@@ -186,6 +247,41 @@ bool CudaBackend::is_complete(Event& event) {
 
 void CudaBackend::synchronize(Event& event) {
   check(cudaEventSynchronize(event.native()), "finish work on the GPU");
+}
+
+CudaBackend::Fence CudaBackend::fence(Stream& stream) {
+  // Numbers rise in the order in which events are recorded, whoever else records on the stream.
+  static std::mutex recording;
+  static std::uint64_t recorded = 0;
+  const DeviceScope scope(device_);
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream.native(), &id), "tell streams apart");
+  const auto mark = std::make_shared<Fence::Mark>(events_, events_->take(*this), id);
+  {
+    const std::lock_guard lock(recording);
+    check(cudaEventRecord(mark->event.native(), stream.native()), "record an event");
+    mark->number = ++recorded;
+  }
+  Fence fence;
+  fence.mark_ = mark;
+  return fence;
+}
+
+void CudaBackend::wait(Stream& stream, const Fence& fence) {
+  const DeviceScope scope(device_);
+  const auto wait_for = [&](const Fence::Mark& mark) {
+    check(cudaStreamWaitEvent(stream.native(), mark.event.native(), 0), "wait for an event");
+  };
+  if (fence.mark_) wait_for(*fence.mark_);
+  for (const auto& mark : fence.others_) wait_for(*mark);
+}
+
+void CudaBackend::synchronize(const Fence& fence) {
+  const auto finish = [](const Fence::Mark& mark) {
+    check(cudaEventSynchronize(mark.event.native()), "finish work on the GPU");
+  };
+  if (fence.mark_) finish(*fence.mark_);
+  for (const auto& mark : fence.others_) finish(*mark);
 }
 
 std::size_t CudaBackend::available_bytes() const noexcept {

@@ -117,6 +117,68 @@ TEMPLATE_LIST_TEST_CASE("Ids outside the model never reach memory", "[cache]", E
   }
 }
 
+TEST_CASE("A slot is given away before its readers are done, and its load told what to wait for",
+          "[cache]") {
+  LateBackend backend;
+  ExpertCache<LateBackend, LruPolicy> cache(backend, small_store(), Budget::experts(1));
+  auto copies = backend.make_stream(), kernels = backend.make_stream();
+  auto loading = cache.reserve({0, 0});
+  CHECK(backend.passed(loading->readers()));  // nobody had the slot
+  auto lease = cache.commit(std::move(*loading), backend.fence(copies));
+  CHECK_FALSE(backend.passed(lease.arrival()));
+  auto other = cache.try_lease({0, 0});
+  CHECK_FALSE(backend.passed(other->arrival()));
+  lease.end_after(backend.fence(kernels));
+  CHECK_FALSE(cache.reserve({0, 1}));  // the other lease has not ended
+  other.reset();
+
+  loading = cache.reserve({0, 1});
+  REQUIRE(loading);
+  backend.finish(copies);
+  CHECK_FALSE(backend.passed(loading->readers()));  // for the kernels
+  loading.reset();                                  // given up: they read still
+  loading = cache.reserve({1, 0});
+  CHECK_FALSE(backend.passed(loading->readers()));
+  backend.finish(kernels);
+  CHECK(backend.passed(loading->readers()));
+  const auto next = cache.commit(std::move(*loading));
+  CHECK(backend.passed(next.arrival()));
+}
+
+TEST_CASE("An expert that is evicted unread may still be on its way", "[cache]") {
+  LateBackend backend;
+  ExpertCache<LateBackend, LruPolicy> cache(backend, small_store(), Budget::experts(1));
+  auto copies = backend.make_stream();
+  { cache.commit(std::move(*cache.reserve({0, 0})), backend.fence(copies)); }
+  auto loading = cache.reserve({0, 1});
+  CHECK_FALSE(backend.passed(loading->readers()));
+  loading.reset();
+  backend.finish(copies);  // which the cache's end would wait for
+}
+
+TEST_CASE("A resize, and the cache's end, wait for what reads the slots", "[cache]") {
+  LateBackend backend;
+  auto kernels = backend.make_stream();
+  const auto waits_for_readers = [&](auto&& act) {
+    std::atomic<bool> over = false;
+    std::thread thread([&] {
+      act();
+      over = true;
+    });
+    const bool waited = eventually([&] { return over || backend.is_waited_for(); }) && !over;
+    backend.finish(kernels);
+    thread.join();
+    return waited;
+  };
+  auto cache = std::make_unique<ExpertCache<LateBackend, LruPolicy>>(backend, small_store(),
+                                                                     Budget::experts(2));
+  bring(*cache, {0, 0})->end_after(backend.fence(kernels));
+  CHECK(waits_for_readers([&] { cache->resize(Budget::experts(3)); }));
+  CHECK(cache->slots() == 3);
+  bring(*cache, {0, 0})->end_after(backend.fence(kernels));
+  CHECK(waits_for_readers([&] { cache.reset(); }));
+}
+
 TEST_CASE("The arena is all that is ever allocated", "[cache]") {
   CountingBackend backend;
   {

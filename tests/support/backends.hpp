@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstddef>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <tuple>
 
@@ -59,5 +61,76 @@ class CountingBackend : public CpuBackend {
   mutable std::mutex mutex_;
   std::size_t allocated_ = 0, peak_ = 0;
 };
+
+/// A CPU backend whose streams run behind the host: what is enqueued on one is done once finish()
+/// is called for it. Copies are done at once all the same.
+class LateBackend : public CpuBackend {
+ public:
+  struct Stream {
+    int id = 0;
+  };
+  /// Work on streams, by the stream's id, up to a place in it.
+  struct Fence {
+    std::map<int, int> places;
+    void add(const Fence& other) {
+      for (const auto& [stream, place] : other.places)
+        places[stream] = std::max(places[stream], place);
+    }
+  };
+
+  Stream make_stream() {
+    const std::lock_guard lock(mutex_);
+    return {next_stream_++};
+  }
+  void copy_async(void* to, const void* from, std::size_t bytes, Stream&) noexcept {
+    CpuBackend::Stream stream;
+    CpuBackend::copy_async(to, from, bytes, stream);
+  }
+  void record(Event&, Stream&) noexcept {}
+  void wait(Stream&, Event&) noexcept {}
+  using CpuBackend::synchronize;
+  Fence fence(Stream& stream) {
+    const std::lock_guard lock(mutex_);
+    return {{{stream.id, ++enqueued_[stream.id]}}};
+  }
+  void wait(Stream&, const Fence&) noexcept {}
+  void synchronize(const Fence& fence) {
+    std::unique_lock lock(mutex_);
+    ++waiting_;
+    changed_.wait(lock, [&] { return is_passed(fence); });
+    --waiting_;
+  }
+
+  /// What is on the stream so far is done.
+  void finish(const Stream& stream) {
+    const std::lock_guard lock(mutex_);
+    done_[stream.id] = enqueued_[stream.id];
+    changed_.notify_all();
+  }
+  bool passed(const Fence& fence) const {
+    const std::lock_guard lock(mutex_);
+    return is_passed(fence);
+  }
+  /// Whether a thread waits for a fence.
+  bool is_waited_for() const {
+    const std::lock_guard lock(mutex_);
+    return waiting_ > 0;
+  }
+
+ private:
+  bool is_passed(const Fence& fence) const {
+    return std::all_of(fence.places.begin(), fence.places.end(), [&](const auto& place) {
+      const auto done = done_.find(place.first);
+      return done != done_.end() && done->second >= place.second;
+    });
+  }
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<int, int> enqueued_, done_;
+  int next_stream_ = 0, waiting_ = 0;
+};
+
+static_assert(Backend<LateBackend>);
 
 }  // namespace sida::test

@@ -69,10 +69,10 @@ template <>
 class SlabLoader<test::DelayedBackend> {
  public:
   explicit SlabLoader(test::DelayedBackend& backend) noexcept : loader_(backend) {}
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
-            std::byte* slab) const {
+  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
+            const CpuBackend::Fence& readers) const {
     test::Delays::here();
-    loader_.load(store, id, offset, bytes, slab);
+    loader_.load(store, id, offset, bytes, slab, readers);
     test::Delays::here();
   }
 

@@ -14,12 +14,16 @@
 
 namespace sida {
 
-/// Fast memory is RAM. Copies are done when `copy_async` returns, so streams and events are empty.
+/// Fast memory is RAM. Copies are done when `copy_async` returns, so streams, events and fences
+/// are empty.
 /// Stateless and thread-safe.
 class CpuBackend {
  public:
   struct Stream {};
   struct Event {};
+  struct Fence {
+    void add(const Fence&) noexcept {}
+  };
 
   static constexpr std::string_view name() noexcept { return "cpu"; }
 
@@ -40,6 +44,9 @@ class CpuBackend {
   void record(Event&, Stream&) noexcept {}
   void wait(Stream&, Event&) noexcept {}
   void synchronize(Event&) noexcept {}
+  Fence fence(Stream&) noexcept { return {}; }
+  void wait(Stream&, const Fence&) noexcept {}
+  void synchronize(const Fence&) noexcept {}
 
   /// RAM of the machine, in bytes. Not what the system calls available: that leaves out what it
   /// would free, or a host would give a virtual machine, when asked.

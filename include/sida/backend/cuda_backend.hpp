@@ -5,6 +5,7 @@
 #include <memory>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "sida/backend/backend.hpp"
 #include "sida/core/error.hpp"
@@ -56,6 +57,21 @@ class CudaBackend {
     std::unique_ptr<CUevent_st, Destroy> handle_;
   };
 
+  /// Behind work of one stream or several; copied at the cost of a counter.
+  class Fence {
+   public:
+    /// Puts this fence behind what the other stands behind, too. Of two places in one stream the
+    /// later is kept.
+    void add(const Fence& other);
+
+   private:
+    friend CudaBackend;
+    struct Mark;  // an event of the backend's, which goes back to it
+    std::shared_ptr<const Mark> mark_;
+    std::vector<std::shared_ptr<const Mark>> others_;  // in other streams; mostly none
+    void add(const std::shared_ptr<const Mark>& mark);
+  };
+
   static constexpr std::string_view name() noexcept { return "cuda"; }
 
   /// The number of GPUs; 0 without a driver.
@@ -90,12 +106,17 @@ class CudaBackend {
   void synchronize(Event& event);
   /// Whether what was recorded is complete; does not wait.
   bool is_complete(Event& event);
+  Fence fence(Stream& stream);
+  void wait(Stream& stream, const Fence& fence);
+  void synchronize(const Fence& fence);
 
   /// Bytes of the GPU's memory that are free now, whoever uses the rest; 0 if they cannot be told.
   std::size_t available_bytes() const noexcept;
 
  private:
+  class Events;
   int device_;
+  std::shared_ptr<Events> events_;  // of fences; shared by copies of the backend
 };
 
 static_assert(Backend<CudaBackend>);

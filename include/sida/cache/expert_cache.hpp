@@ -34,6 +34,7 @@ class ExpertCache {
  public:
   using Lease = SlotLease<ExpertCache>;
   using Loading = SlotLoading<ExpertCache>;
+  using Fence = typename B::Fence;
 
   /// Allocates the arena. With an ArrayStore and a budget for all experts on a backend whose fast
   /// memory is RAM nothing is allocated: the arrays are used in place.
@@ -49,6 +50,13 @@ class ExpertCache {
   }
   ExpertCache(const ExpertCache&) = delete;
   ExpertCache& operator=(const ExpertCache&) = delete;
+  /// Waits for what still reads or writes the slots.
+  ~ExpertCache() {
+    try {
+      finish_slots();
+    } catch (...) {  // of work that failed, which has ended
+    }
+  }
 
   ExpertStore& store() const noexcept { return *store_; }
   std::int64_t total_experts() const noexcept {
@@ -77,11 +85,11 @@ class ExpertCache {
     return locked([&] { return reserve_locked(id, [](ExpertId) { return true; }); });
   }
 
-  /// The slot's bytes are there: the expert is resident, and pinned by the lease.
-  Lease commit(Loading loading) {
+  /// The slot's bytes are there behind `arrival`: the expert is resident, and pinned by the lease.
+  Lease commit(Loading loading, const Fence& arrival = {}) {
     return locked([&] {
       const ExpertId id = loading.id();
-      commit_locked(std::move(loading), false);
+      commit_locked(std::move(loading), false, arrival);
       return std::move(*try_lease_locked(id));
     });
   }
@@ -96,13 +104,15 @@ class ExpertCache {
   }
 
   /// Replaces the arena by one of the new budget; every resident expert is dropped. Waits until no
-  /// expert is leased or loading. @throws as the constructor; the old budget then stands.
+  /// expert is leased or loading, and for what still reads or writes the slots.
+  /// @throws as the constructor, or what such work threw; the old budget then stands.
   void resize(const Budget& budget) {
     std::unique_lock lock(mutex_);
     budget.slots(total_experts(), slot_bytes_, store_->staging_bytes());  // refuse before anything
     draining_ = true;
     changed_.wait(lock, [&] { return pinned_ == 0; });
     draining_ = false;
+    finish_slots();
     for (std::size_t slot = 0; slot < slots_.size(); ++slot) evict(slot);
     const Budget old = std::exchange(budget_, budget);
     try {
@@ -193,9 +203,10 @@ class ExpertCache {
     ++pinned_;
     return Loading(*this, slot);
   }
-  void commit_locked(Loading loading, bool prefetched) {
+  void commit_locked(Loading loading, bool prefetched, const Fence& arrival = {}) {
     loading.cache_ = nullptr;
     Slot& slot = slots_[loading.slot_];
+    fences_[loading.slot_] = {arrival, arrival};
     slot.state = State::resident;
     slot.prefetched = prefetched;
     policy_.inserted(slot.id);
@@ -227,6 +238,12 @@ class ExpertCache {
     bool prefetched = false;
     bool read = false;
   };
+  // What streams do with a slot's bytes. Changed with the lock held, and not while somebody without
+  // it may look: `arrival` stands as long as the expert is resident, `in_use` while it is loading.
+  struct Fences {
+    Fence arrival;
+    Fence in_use;  // behind the arrival and all readers
+  };
   static constexpr std::size_t none = static_cast<std::size_t>(-1);
 
   static bool is_unread(const Slot& slot) noexcept {
@@ -250,8 +267,9 @@ class ExpertCache {
     ++pinned_;
     return Lease(*this, slot);
   }
-  void release(std::size_t slot) {
+  void release(std::size_t slot, const Fence& readers) {
     const std::lock_guard lock(mutex_);
+    fences_[slot].in_use.add(readers);
     --slots_[slot].leases;
     --pinned_;
     if (slot_wanted_ || draining_) changed_.notify_all();
@@ -277,6 +295,9 @@ class ExpertCache {
     slot = {};
     free_.push_back(index);
   }
+  void finish_slots() {
+    for (const Fences& fences : fences_) backend_.synchronize(fences.in_use);
+  }
   void build() {
     const auto count = static_cast<std::size_t>(
         budget_.slots(total_experts(), slot_bytes_, store_->staging_bytes()));
@@ -288,6 +309,7 @@ class ExpertCache {
                 dynamic_cast<const ArrayStore*>(store_.get()) != nullptr;
     if (!in_place_) arena_ = allocate(count * slot_bytes_, count);
     slots_.resize(count);
+    fences_.assign(count, {});
     for (std::size_t slot = count; slot-- > 0;) {
       if (in_place_) {
         const auto experts = static_cast<std::size_t>(store_->experts());
@@ -320,6 +342,7 @@ class ExpertCache {
   Policy policy_;
   Buffer<B> arena_;
   std::vector<Slot> slots_;
+  std::vector<Fences> fences_;  // by slot
   std::vector<std::size_t> free_;
   std::vector<std::size_t> slot_of_;
   std::vector<ExpertId> candidates_;

@@ -10,6 +10,9 @@ namespace sida {
 
 /// A resident expert, pinned in its slot until the lease ends. Move-only; may end on any thread,
 /// before the cache does.
+///
+/// On a backend whose streams run behind the host, what reads the slab waits for arrival(), and the
+/// lease ends with end_after(): the host waits for neither.
 template <class Cache>
 class SlotLease {
  public:
@@ -21,12 +24,20 @@ class SlotLease {
     return *this;
   }
   ~SlotLease() {
-    if (cache_) cache_->release(slot_);
+    if (cache_) cache_->release(slot_, {});
   }
 
   ExpertId id() const noexcept { return cache_->slots_[slot_].id; }
   /// The expert's slab; null where the store's own arrays are used in place.
   const std::byte* slab() const noexcept { return cache_->slab(slot_); }
+  /// The slab's bytes are there once a stream, or the host, has waited for this.
+  const typename Cache::Fence& arrival() const noexcept { return cache_->fences_[slot_].arrival; }
+
+  /// Ends the lease at once, though what is enqueued before `readers` may still read the slab: the
+  /// slot can be given to another expert, whose load waits for it.
+  void end_after(const typename Cache::Fence& readers) {
+    if (cache_) std::exchange(cache_, nullptr)->release(slot_, readers);
+  }
 
  private:
   friend Cache;
@@ -53,6 +64,8 @@ class SlotLoading {
   }
 
   ExpertId id() const noexcept { return cache_->slots_[slot_].id; }
+  /// What is to be waited for before the slab is written: it may still be read, or be on its way.
+  const typename Cache::Fence& readers() const noexcept { return cache_->fences_[slot_].in_use; }
   /// Where the slab is to be written.
   std::byte* slab() const noexcept { return cache_->arena_.data() + slot_ * cache_->slot_bytes_; }
 

@@ -51,6 +51,9 @@ class ImaginaryBackend {
  public:
   struct Stream {};
   struct Event {};
+  struct Fence {
+    void add(const Fence&) noexcept {}
+  };
   static constexpr std::string_view name() noexcept { return "replay"; }
   void* allocate(std::size_t) noexcept { return this; }
   void deallocate(void*, std::size_t) noexcept {}
@@ -60,6 +63,9 @@ class ImaginaryBackend {
   void record(Event&, Stream&) noexcept {}
   void wait(Stream&, Event&) noexcept {}
   void synchronize(Event&) noexcept {}
+  Fence fence(Stream&) noexcept { return {}; }
+  void wait(Stream&, const Fence&) noexcept {}
+  void synchronize(const Fence&) noexcept {}
   std::size_t available_bytes() const noexcept { return std::numeric_limits<std::size_t>::max(); }
 };
 

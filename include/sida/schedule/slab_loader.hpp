@@ -9,8 +9,9 @@
 
 namespace sida {
 
-/// Brings a range of a slab from the store to a slot of the backend's fast memory; returns when it
-/// is there. Specialised for each backend, called from several transfer threads at once.
+/// Brings a range of a slab from the store to a slot of the backend's fast memory, behind what
+/// still reads the slot (`readers`); returns when it is there. Specialised for each backend, called
+/// from several transfer threads at once.
 template <class B>
 class SlabLoader;
 
@@ -21,8 +22,8 @@ class SlabLoader<B> {
   explicit SlabLoader(B&) noexcept {}
 
   /// @throws what the store throws.
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
-            std::byte* slab) const {
+  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
+            const CpuBackend::Fence&) const {
     store.read(id, offset, {slab + offset, bytes});
   }
 };

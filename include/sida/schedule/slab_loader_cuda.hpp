@@ -26,9 +26,10 @@ class SlabLoader<CudaBackend> {
   explicit SlabLoader(CudaBackend& backend) noexcept : backend_(backend) {}
 
   /// @throws what the store throws, CudaError, OutOfMemory.
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
-            std::byte* slab) {
+  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
+            const CudaBackend::Fence& readers) {
     std::unique_ptr<Lane> lane = take();
+    backend_.wait(lane->stream, readers);
     if (const std::byte* source = store.pinned(id))
       copy(*lane, slab + offset, source + offset, bytes);
     else

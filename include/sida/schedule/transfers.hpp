@@ -87,7 +87,7 @@ class Transfers {
       const std::size_t chunk = std::min(chunk_bytes_, cache_.slot_bytes() - done);
       lock.unlock();
       try {
-        loader_.load(cache_.store(), id, done, chunk, slab);
+        loader_.load(cache_.store(), id, done, chunk, slab, load.slot.readers());
         done += chunk;
       } catch (...) {
         error = std::current_exception();
