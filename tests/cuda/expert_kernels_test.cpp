@@ -34,8 +34,10 @@ MoeConfig config_of(DataType dtype, std::int32_t experts, std::int32_t top_k, st
   return config;
 }
 
-cuda::LayerShape shape_of(const MoeConfig& config, std::int64_t tokens) {
+cuda::LayerShape shape_of(const MoeConfig& config, std::int64_t tokens,
+                          cuda::Kernel kernel = cuda::Kernel::tuned) {
   cuda::LayerShape shape;
+  shape.kernel = kernel;
   shape.dtype = config.dtype == DataType::f32   ? cuda::Dtype::f32
                 : config.dtype == DataType::f16 ? cuda::Dtype::f16
                                                 : cuda::Dtype::bf16;
@@ -72,8 +74,9 @@ Input random_input(const MoeConfig& config, std::int64_t tokens, std::uint32_t s
 /// lie in the others in reverse order; plan, scratch and result are NaN before each call.
 class GpuLayer {
  public:
-  GpuLayer(const MoeConfig& config, const std::vector<std::vector<std::byte>>& slabs)
-      : config_(config), layout_(config), slots_(config.experts + 3) {
+  GpuLayer(const MoeConfig& config, const std::vector<std::vector<std::byte>>& slabs,
+           cuda::Kernel kernel = cuda::Kernel::tuned)
+      : config_(config), layout_(config), kernel_(kernel), slots_(config.experts + 3) {
     std::vector<std::byte> arena(layout_.slab_bytes * static_cast<std::size_t>(slots_),
                                  std::byte{0xff});
     for (std::int32_t e = 0; e < config.experts; ++e)
@@ -86,7 +89,7 @@ class GpuLayer {
 
   /// Calls with the experts divided over `waves` calls of compute_experts().
   Tensor run(const Input& input, std::int32_t waves = 1) {
-    const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0]);
+    const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
     DeviceBuffer hidden, ids, weights, plan_memory, workspace, out, slots;
     hidden.fill(input.hidden.bytes);
     ids.fill(input.ids.bytes);
@@ -143,14 +146,16 @@ class GpuLayer {
 
   MoeConfig config_;
   SlabLayout layout_;
+  cuda::Kernel kernel_;
   std::int32_t slots_;
   DeviceBuffer arena_;
   std::int32_t invalid_ = 0;
 };
 
-double error_of(const MoeConfig& config, const Input& input, std::int32_t waves = 1) {
+double error_of(const MoeConfig& config, const Input& input,
+                cuda::Kernel kernel = cuda::Kernel::tuned) {
   const auto slabs = random_slabs(config, 7);
-  const Tensor out = GpuLayer(config, slabs).run(input, waves);
+  const Tensor out = GpuLayer(config, slabs, kernel).run(input);
   const Matrix expected = reference_layer(config, slabs, input.hidden, input.ids, input.weights);
   return relative_error(matrix(out.bytes.data(), out.type, expected.rows(), expected.cols()),
                         expected);
@@ -225,6 +230,28 @@ TEST_CASE("a layer is within its dtype's limit of the definition in f64") {
   CHECK(error_of(config, random_input(config, tokens, 11)) < tolerance(dtype));
 }
 
+TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
+  if (!gpu_found()) return;
+  const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::wide, cuda::Kernel::grouped,
+                               cuda::Kernel::general);
+  const auto dtype = GENERATE(DataType::f16, DataType::bf16);
+  const auto tokens = GENERATE(1, 5, 65, 300);
+  struct Case {
+    std::int32_t experts, top_k, hidden, intermediate;
+    bool gated;
+    Activation activation;
+    bool biases;
+  };
+  const auto c = GENERATE(Case{3, 1, 320, 200, false, Activation::relu, true},
+                          Case{4, 2, 72, 264, true, Activation::gelu_tanh, true},
+                          Case{2, 1, 328, 136, true, Activation::silu, false},
+                          Case{5, 3, 64, 64, false, Activation::gelu, true});
+  const MoeConfig config = config_of(dtype, c.experts, c.top_k, c.hidden, c.intermediate, c.gated,
+                                     c.activation, c.biases);
+  CAPTURE(static_cast<int>(kernel), name_of(dtype), tokens, c.experts, c.hidden, c.intermediate);
+  CHECK(error_of(config, random_input(config, tokens, 17), kernel) < tolerance(dtype));
+}
+
 TEST_CASE("all tokens may go to one expert, and a token to one expert twice") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
@@ -274,7 +301,7 @@ TEST_CASE("ids out of range are counted and left out; the sentinel and weight 0 
 TEST_CASE("bits depend neither on the run nor on how experts are divided over calls") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
-  const auto tokens = GENERATE(1, 8, 50);
+  const auto tokens = GENERATE(1, 8, 50, 200);
   const MoeConfig config = config_of(dtype, 16, 4, 128, 1600, true, Activation::silu);
   const Input input = random_input(config, tokens, 21);
   GpuLayer layer(config, random_slabs(config, 3));

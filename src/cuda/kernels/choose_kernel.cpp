@@ -1,16 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "choose_kernel.hpp"
 
+#include "launch.hpp"
 #include "splits.hpp"
 
 namespace sida::cuda {
+namespace {
 
-Kernel choose_kernel(Dtype dtype, int rows, int top_k, int experts, int hidden, int intermediate) {
-  if (!streams_weights(dtype, hidden, intermediate)) return Kernel::general;
-  // Up to four rows an expert on average, blocks of few weight rows and tokens leave registers for
-  // more blocks; the rare expert with more than eight rows reads its weights again, from L2.
-  const bool few_rows = rows <= 8 || rows * top_k <= 4 * experts;
-  return few_rows ? Kernel::narrow : Kernel::wide;
+#ifdef SIDA_HOPPER
+constexpr bool hopper_built = true;
+#else
+constexpr bool hopper_built = false;
+#endif
+
+/// Up to how many tokens a call, or assignments per expert on average, a kernel is the fastest;
+/// the first row that fits counts.
+struct Entry {
+  int tokens;
+  double rows;
+  Kernel kernel;
+};
+
+constexpr double any = 1e30;
+// Up to four rows an expert, blocks of few weight rows and tokens leave registers for more blocks;
+// the rare expert with more than eight rows reads its weights again, from L2.
+constexpr Entry hopper_table[] = {
+    {8, any, Kernel::narrow}, {0, 4, Kernel::narrow}, {0, any, Kernel::grouped}};
+constexpr Entry other_table[] = {
+    {8, any, Kernel::narrow}, {0, 4, Kernel::narrow}, {0, any, Kernel::wide}};
+
+bool takes(const LayerShape& shape, Kernel kernel) {
+  if (kernel == Kernel::general) return true;
+  if (kernel == Kernel::tuned ||
+      !streams_weights(shape.dtype, shape.hidden, shape.intermediate))
+    return false;
+  return kernel != Kernel::grouped || (hopper_built && compute_capability() == 9);
+}
+
+template <std::size_t rows>
+Kernel first_fitting(const Entry (&table)[rows], const LayerShape& shape) {
+  const double average = static_cast<double>(shape.tokens) * shape.top_k / shape.experts;
+  for (const Entry& entry : table)
+    if (shape.tokens <= entry.tokens || average <= entry.rows) return entry.kernel;
+  return Kernel::general;
+}
+
+}  // namespace
+
+Kernel choose_kernel(const LayerShape& shape) {
+  if (!takes(shape, Kernel::narrow)) return Kernel::general;
+  return takes(shape, Kernel::grouped) ? first_fitting(hopper_table, shape)
+                                       : first_fitting(other_table, shape);
+}
+
+LayerShape with_kernel(LayerShape shape) {
+  if (!takes(shape, shape.kernel)) shape.kernel = choose_kernel(shape);
+  return shape;
 }
 
 }  // namespace sida::cuda

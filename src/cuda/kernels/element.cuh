@@ -38,8 +38,17 @@ __device__ inline float activated(Act activation, float x) {
       return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
     case Act::silu:
       return x / (1.0f + expf(-x));
+    case Act::swiglu_clamped:
+      x = x > swiglu_limit ? swiglu_limit : x;
+      return x / (1.0f + expf(-swiglu_alpha * x));
   }
   return x;
+}
+
+/// What an activated gate is multiplied by, of the product beside the gate.
+__device__ inline float beside_gate(Act activation, float up) {
+  if (activation != Act::swiglu_clamped) return up;
+  return (up > swiglu_limit ? swiglu_limit : up < -swiglu_limit ? -swiglu_limit : up) + 1.0f;
 }
 
 /// Calls `function` with a value of the dtype's element type.

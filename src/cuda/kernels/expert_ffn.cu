@@ -4,6 +4,7 @@
 #include "choose_kernel.hpp"
 #include "expert_kernels.hpp"
 #include "general.cuh"
+#include "grouped_hopper.hpp"
 #include "launch.cuh"
 #include "streaming.cuh"
 
@@ -16,8 +17,8 @@ template <class Element, Phase phase>
 void launch_product(const Product& product, cudaStream_t stream) {
   constexpr const char* what = "launch a product of expert weights";
   const LayerShape& shape = product.shape;
-  const Kernel kernel = choose_kernel(shape.dtype, shape.tokens, shape.top_k, shape.experts,
-                                      shape.hidden, shape.intermediate);
+  const Kernel kernel = shape.kernel;
+  if (kernel == Kernel::grouped) return launch_hopper(product, phase, stream);
   const int outputs = phase == Phase::down ? shape.hidden : shape.intermediate;
   const auto experts = static_cast<unsigned>(std::min(shape.experts, shape.tokens * shape.top_k));
   if constexpr (!std::is_same_v<Element, float>) {
@@ -40,16 +41,19 @@ void launch_product(const Product& product, cudaStream_t stream) {
 
 }  // namespace
 
-std::size_t workspace_bytes(const LayerShape& shape) {
-  return results_offset(shape) + static_cast<std::size_t>(down_splits(shape, 1)) *
-                                     static_cast<std::size_t>(shape.tokens) *
+std::size_t workspace_bytes(const LayerShape& given) {
+  const LayerShape shape = with_kernel(given);
+  const std::size_t element =
+      shape.kernel == Kernel::grouped ? 2 : sizeof(float) * down_splits(shape, 1);
+  return results_offset(shape) + element * static_cast<std::size_t>(shape.tokens) *
                                      static_cast<std::size_t>(shape.top_k) *
-                                     static_cast<std::size_t>(shape.hidden) * sizeof(float);
+                                     static_cast<std::size_t>(shape.hidden);
 }
 
-void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidden,
+void compute_experts(const LayerShape& given, const Plan& plan, const void* hidden,
                      const ExpertSlabs& slabs, std::byte* workspace, Stream stream) {
-  if (shape.tokens == 0) return;
+  if (given.tokens == 0) return;
+  const LayerShape shape = with_kernel(given);
   with_element(shape.dtype, [&](auto element) {
     using Element = decltype(element);
     const Product up{shape, plan, slabs, hidden, workspace};

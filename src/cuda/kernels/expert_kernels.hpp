@@ -15,7 +15,19 @@ namespace sida::cuda {
 using Stream = CUstream_st*;  ///< a cudaStream_t
 
 enum class Dtype : std::uint8_t { f32, f16, bf16 };
-enum class Act : std::uint8_t { relu, gelu, gelu_tanh, silu };
+/// swiglu_clamped is gpt-oss's, for gated experts: (clamp(up, -7, 7) + 1) * g * sigmoid(1.702 * g)
+/// with g = min(gate, 7).
+enum class Act : std::uint8_t { relu, gelu, gelu_tanh, silu, swiglu_clamped };
+constexpr float swiglu_alpha = 1.702f, swiglu_limit = 7.0f;
+
+/// How the two matrix products of an expert are computed.
+enum class Kernel : std::uint8_t {
+  tuned,    ///< what the table of choose_kernel.cpp says
+  narrow,   ///< mma.sync on streamed weights, 16 weight rows and 8 tokens at a time
+  wide,     ///< the same with 32 weight rows and 32 tokens at a time
+  grouped,  ///< tiles of 128 rows: wgmma and tensor copies on Hopper, mma.sync elsewhere
+  general,  ///< plain f32 arithmetic: any dtype, any size
+};
 
 /// The most choices a token, and experts a layer, that the kernels take.
 constexpr int max_top_k = 16;
@@ -33,6 +45,7 @@ struct LayerShape {
   bool gated = false;
   bool up_bias = false;
   bool down_bias = false;
+  Kernel kernel = Kernel::tuned;  ///< another forces it where it takes the shape
 };
 
 /// The experts that hold rows, ascending; one entry each.
@@ -51,6 +64,7 @@ struct Plan {
   std::int32_t* order;         ///< [T * k] row -> assignment, ascending within an expert
   std::int32_t* row_of;        ///< [T * k] assignment -> row, or -1 if left out
   std::int32_t* group_rows;    ///< [T * k] assignment -> rows of its expert
+  std::int32_t* chunks;        ///< scratch of make_plan(), last of the plan
 };
 
 /// Bytes that a plan of this shape takes.
@@ -70,7 +84,7 @@ struct ExpertSlabs {
 };
 
 /// Bytes of scratch memory of one call, aligned to 16 bytes: intermediate activations and each
-/// row's result in f32.
+/// row's result, in f32 or, where experts have many rows, in the dtype.
 std::size_t workspace_bytes(const LayerShape& shape);
 
 /// A call's routing as the caller has it. On the device.

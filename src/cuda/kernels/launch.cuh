@@ -3,40 +3,32 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
+#include "launch.hpp"
 
 namespace sida::cuda {
 
-/// @throws std::runtime_error naming `what` and CUDA's reason.
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": CUDA reports " + cudaGetErrorString(status));
-}
-
-/// Whether a kernel may be set up while the one before it still runs (sm_90 and later).
-inline bool overlapping_launches() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "find the current device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "read the device's compute capability");
-  return major >= 9;
-}
-
-/// Enqueues a kernel that calls wait_for_previous() before it touches what earlier kernels write.
+/// Enqueues a kernel with `shared` bytes of dynamic shared memory that calls wait_for_previous() before it touches what earlier kernels write.
 template <class... Parameters, class... Arguments>
-void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            cudaStream_t stream, Arguments... arguments) {
+void launch_shared(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = overlapping_launches() ? 1 : 0;
+  config.numAttrs = compute_capability() >= 9 ? 1 : 0;  // later ones may be set up early
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+}
+
+/// The same without dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            cudaStream_t stream, const Arguments&... arguments) {
+  launch_shared(what, kernel, grid, block, 0, stream, arguments...);
 }
 
 /// Waits until all kernels enqueued before have finished and their writes are visible. Each thread

@@ -2,23 +2,10 @@
 #pragma once
 
 #include "element.cuh"
-#include "expert_kernels.hpp"
+#include "product.hpp"
 #include "splits.hpp"
 
 namespace sida::cuda {
-
-/// The two matrix products of an expert; the first one in two kinds.
-enum class Phase : std::uint8_t { up, gated_up, down };
-
-/// One product for all rows of a plan: reads hidden [T, H] (up) or activations [T * k, I] (down),
-/// writes activations of the dtype (up) or results [splits, T * k, H] in f32 (down).
-struct Product {
-  LayerShape shape;
-  Plan plan;
-  ExpertSlabs slabs;
-  const void* in;
-  void* out;
-};
 
 /// The product for one expert, as a block sees it.
 template <class Element, Phase phase>
@@ -39,11 +26,16 @@ struct ExpertProduct {
     return reinterpret_cast<const Element*>(part) + static_cast<std::size_t>(index) * depth();
   }
 
+  /// Where among the product's input rows that of row `row` of the expert's rows is.
+  __device__ int input_row(int row) const {
+    const int sorted = expert.row_begin + row;
+    return down ? sorted : product.plan.order[sorted] / product.shape.top_k;
+  }
+
   /// The input of row `row` of the expert's rows.
   __device__ const Element* input(int row) const {
-    const int sorted = expert.row_begin + row;
-    const int source = down ? sorted : product.plan.order[sorted] / product.shape.top_k;
-    return static_cast<const Element*>(product.in) + static_cast<std::size_t>(source) * depth();
+    return static_cast<const Element*>(product.in) +
+           static_cast<std::size_t>(input_row(row)) * depth();
   }
 
   __device__ float bias(int index) const {
@@ -65,7 +57,8 @@ struct ExpertProduct {
       static_cast<float*>(product.out)[split * part + at] = sum;
     } else {
       float value = activated(product.shape.activation, sum);
-      if constexpr (gated) value *= up + bias(outputs() + index);
+      if constexpr (gated)
+        value *= beside_gate(product.shape.activation, up + bias(outputs() + index));
       static_cast<Element*>(product.out)[at] = rounded<Element>(value);
     }
   }

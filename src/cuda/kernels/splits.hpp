@@ -26,10 +26,10 @@ SIDA_HOST_DEVICE constexpr bool streams_weights(Dtype dtype, int hidden, int int
 
 /// Into how many parts, each summed alone and added in order, the contracted dimension of the down
 /// product is cut for an expert with `rows` rows in the whole call: few rows still reach most
-/// multiprocessors, while each warp keeps three steps or more.
+/// multiprocessors, while each warp keeps three steps or more. `shape` is of with_kernel().
 SIDA_HOST_DEVICE constexpr int down_splits(const LayerShape& shape, int rows) {
-  if (rows > split_rows || !streams_weights(shape.dtype, shape.hidden, shape.intermediate))
-    return 1;
+  const bool splits_rows = shape.kernel == Kernel::narrow || shape.kernel == Kernel::wide;
+  if (rows > split_rows || !splits_rows) return 1;
   const int stripes = (shape.hidden + 15) / 16;
   const int wanted = (192 + stripes - 1) / stripes;
   const int possible = shape.intermediate / (k_step * block_warps * 3);
@@ -38,7 +38,8 @@ SIDA_HOST_DEVICE constexpr int down_splits(const LayerShape& shape, int rows) {
 }
 
 /// Where in a call's scratch memory the rows' results begin: it holds activations [T * k, I] of the
-/// dtype, then results [splits, T * k, H] in f32, both by row of the plan.
+/// dtype, then results [splits, T * k, H] in f32 (of Kernel::grouped, [T * k, H] of the dtype), both
+/// by row of the plan.
 constexpr std::size_t results_offset(const LayerShape& shape) {
   const std::size_t element = shape.dtype == Dtype::f32 ? 4 : 2;
   const std::size_t bytes = static_cast<std::size_t>(shape.tokens) *

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "grouped_hopper.hpp"
+
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "activation.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "schedule.cuh"
+
+namespace sida::cuda {
+namespace {
+
+constexpr int tile_rows = 128, tile_outputs = 256, tile_depth = 64, stages = 4;
+constexpr int rows_bytes = tile_rows * tile_depth * 2, outputs_bytes = tile_outputs * tile_depth * 2;
+constexpr int copying_threads = 128, multiplying_warps = 8;
+constexpr int hopper_threads = copying_threads + multiplying_warps * 32;
+
+/// A block's dynamic shared memory, behind padding to 1024 bytes.
+struct Stages {
+  std::byte rows[stages][rows_bytes];
+  std::byte outputs[stages][outputs_bytes];
+  std::uint64_t full[stages], empty[stages];
+};
+constexpr std::size_t stages_bytes = sizeof(Stages) + 1024;
+
+/// Where a block is in its ring of stages.
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+  __device__ void next() {
+    if (++stage < stages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+/// A block computes tiles of 128 rows x 256 weight rows (with a gate: 128 of the gate's and the 128
+/// beside them). One warpgroup brings both operands into a ring of four stages: weights as tensor
+/// copies over all slots, activations likewise, tokens row by row where the plan says. The other
+/// two multiply 64 rows each, one of them resting where a tile has no more than 64.
+template <class Element, Phase phase>
+__global__ void __launch_bounds__(hopper_threads, 1)
+    hopper_kernel(const __grid_constant__ Product product,
+                  const __grid_constant__ CUtensorMap weights,
+                  const __grid_constant__ CUtensorMap input) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Task = ExpertProduct<Element, phase>;
+  constexpr bool gathers = !Task::down;
+  constexpr int outputs_each = Task::gated ? tile_outputs / 2 : tile_outputs;
+  extern __shared__ std::byte memory[];
+  __shared__ int first_tile[max_experts + 1];
+  Stages& ring = *reinterpret_cast<Stages*>(
+      memory + (1024 - hopper::shared_address(memory) % 1024) % 1024);
+
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  // The plan has been written before the previous kernel let this one start; a down product
+  // waits for activations only.
+  if constexpr (gathers) wait_for_previous();
+  const int outputs = Task::down ? product.shape.hidden : product.shape.intermediate;
+  const int depth = Task::down ? product.shape.intermediate : product.shape.hidden;
+  const int output_tiles = (outputs + outputs_each - 1) / outputs_each;
+  if (warp == 0) TileSchedule::count(product, tile_rows, output_tiles, first_tile);
+  if (thread == 32) {
+    for (int s = 0; s < stages; ++s) {
+      hopper::init_barrier(&ring.full[s], gathers ? copying_threads + 1 : 2);
+      hopper::init_barrier(&ring.empty[s], multiplying_warps);
+    }
+    hopper::fence_shared();
+  }
+  __syncthreads();
+  let_next_start();
+  TileSchedule schedule(product, first_tile, output_tiles);
+  const int blocks = static_cast<int>(gridDim.x), steps = (depth + tile_depth - 1) / tile_depth;
+  Turn turn;
+
+  if (thread < copying_threads) {
+    hopper::give_registers<56>();
+    const bool copies_weights = thread == 0, copies_rows = gathers || thread == 32;
+    if constexpr (!gathers)
+      if (!copies_weights) wait_for_previous();
+    if (copies_weights || copies_rows)
+      for (int number = static_cast<int>(blockIdx.x); number < schedule.tiles(); number += blocks) {
+        const Tile tile = schedule.at<tile_rows, outputs_each>(number);
+        const Task task{product, nullptr, tile.expert};
+        const int chunk = thread % 8, lane_row = thread / 8;
+        int sources[tile_rows / 16];
+        if constexpr (gathers)
+#pragma unroll
+          for (int i = 0; i < tile_rows / 16; ++i)
+            sources[i] = task.input_row(min(tile.row + lane_row + 16 * i, tile.expert.rows - 1));
+        for (int step = 0; step < steps; ++step, turn.next()) {
+          hopper::wait(&ring.empty[turn.stage], turn.parity ^ 1);
+          std::uint64_t* const full = &ring.full[turn.stage];
+          const int k = step * tile_depth;
+          if (copies_weights) {
+            hopper::arrive_expecting(full, outputs_bytes);
+            hopper::copy_tile(ring.outputs[turn.stage], weights, k, tile.output, tile.slot, full);
+            if constexpr (Task::gated)
+              hopper::copy_tile(ring.outputs[turn.stage] + outputs_bytes / 2, weights, k,
+                                outputs + tile.output, tile.slot, full);
+          }
+          if constexpr (gathers) {
+            const unsigned to = hopper::shared_address(ring.rows[turn.stage]) + lane_row * 128 +
+                                (chunk ^ (lane_row % 8)) * 16;
+            const int at = k + chunk * 8;
+            const bool inside = at < depth;
+            const Element* const from = static_cast<const Element*>(product.in) + (inside ? at : 0);
+#pragma unroll
+            for (int i = 0; i < tile_rows / 16; ++i)
+              if (tile.row + lane_row + 16 * i < tile.expert.rows)
+                hopper::copy_16(to + i * 16 * 128,
+                                from + static_cast<std::size_t>(sources[i]) * depth, inside);
+            hopper::arrive_after_copies(full);
+          } else if (copies_rows) {
+            hopper::arrive_expecting(full, rows_bytes);
+            hopper::copy_tile(ring.rows[turn.stage], input, k, tile.expert.row_begin + tile.row,
+                              full);
+          }
+        }
+      }
+    if constexpr (!gathers)
+      if (copies_weights) wait_for_previous();
+  } else {
+    hopper::take_registers<224>();
+    if constexpr (!gathers) wait_for_previous();
+    const int group = thread / copying_threads - 1, lane = thread % 32;
+    for (int number = static_cast<int>(blockIdx.x); number < schedule.tiles(); number += blocks) {
+      const Tile tile = schedule.at<tile_rows, outputs_each>(number);
+      const int first_row = tile.row + group * 64;
+      if (first_row >= tile.expert.rows) {
+        for (int step = 0; step < steps; ++step, turn.next()) {
+          hopper::wait(&ring.full[turn.stage], turn.parity);
+          if (lane == 0) hopper::arrive(&ring.empty[turn.stage]);
+        }
+        continue;
+      }
+      float sums[128];
+      int previous = 0;
+      for (int step = 0; step < steps; ++step, turn.next()) {
+        hopper::wait(&ring.full[turn.stage], turn.parity);
+        if constexpr (gathers) hopper::fence_shared();
+        const std::uint64_t rows = hopper::matrix(ring.rows[turn.stage] + group * rows_bytes / 2);
+        const std::uint64_t columns = hopper::matrix(ring.outputs[turn.stage]);
+        hopper::begin_multiply();
+#pragma unroll
+        for (int k = 0; k < tile_depth / 16; ++k)
+          hopper::multiply<Element>(sums, rows + 2 * k, columns + 2 * k, step > 0 || k > 0);
+        hopper::end_multiply();
+        hopper::wait_multiply<1>();
+        if (step > 0 && lane == 0) hopper::arrive(&ring.empty[previous]);
+        previous = turn.stage;
+      }
+      hopper::wait_multiply<0>();
+      if (lane == 0) hopper::arrive(&ring.empty[previous]);
+
+      const Task task{product, product.slabs.arena + tile.slot * product.slabs.stride, tile.expert};
+      const int row = first_row + warp % 4 * 16 + lane / 4, column = tile.output + lane % 4 * 2;
+      finish_pairs<Task, Element, 64 / (Task::gated ? 2 : 1) / 2>(
+          task, row, column, [&](int half, int pair, int i) { return sums[pair * 4 + half * 2 + i]; },
+          [&](int half, int pair, int i) {
+            return sums[(Task::gated ? 64 : 0) + pair * 4 + half * 2 + i];
+          });
+    }
+  }
+#endif
+}
+
+PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                         cudaEnableDefault, &found),
+        "find the driver's tensor copies");
+  check(found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported,
+        "find the driver's tensor copies");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+/// Boxes of 64 columns and `box_rows` rows of 16-bit elements: in `dimensions` from the innermost,
+/// `strides` in bytes from the second on.
+CUtensorMap tensor_map(Dtype dtype, const void* base, std::initializer_list<std::size_t> dimensions,
+                       std::initializer_list<std::size_t> strides, unsigned box_rows) {
+  static const auto encode = encoder();
+  cuuint64_t size[3] = {}, stride[2] = {};
+  std::copy(dimensions.begin(), dimensions.end(), size);
+  std::copy(strides.begin(), strides.end(), stride);
+  const cuuint32_t box[3] = {tile_depth, box_rows, 1}, each[3] = {1, 1, 1};
+  CUtensorMap map{};
+  const CUresult status = encode(
+      &map, dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      static_cast<cuuint32_t>(dimensions.size()), const_cast<void*>(base), size, stride, box, each,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "describe expert weights");
+  return map;
+}
+
+template <class Element, Phase phase>
+void launch_phase(const Product& product, cudaStream_t stream) {
+  constexpr bool down = phase == Phase::down, gated = phase == Phase::gated_up;
+  constexpr std::size_t any_slot = 1 << 20;
+  const LayerShape& shape = product.shape;
+  const auto hidden = static_cast<std::size_t>(shape.hidden);
+  const auto intermediate = static_cast<std::size_t>(shape.intermediate);
+  const std::size_t outputs = down ? hidden : gated ? 2 * intermediate : intermediate;
+  const std::size_t depth = down ? intermediate : hidden;
+  const std::byte* part =
+      product.slabs.arena + (down ? product.slabs.down_offset : product.slabs.up_offset);
+  const CUtensorMap weights =
+      tensor_map(shape.dtype, part, {depth, outputs, any_slot}, {2 * depth, product.slabs.stride},
+                 gated ? tile_outputs / 2 : tile_outputs);
+  const std::size_t rows = down ? static_cast<std::size_t>(shape.tokens) *
+                                      static_cast<std::size_t>(shape.top_k)
+                                : static_cast<std::size_t>(shape.tokens);
+  const CUtensorMap input =
+      tensor_map(shape.dtype, product.in, {depth, rows}, {2 * depth}, tile_rows);
+  const auto kernel = hopper_kernel<Element, phase>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, stages_bytes),
+        "reserve shared memory");
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  launch_shared("launch a grouped product", kernel, dim3(static_cast<unsigned>(blocks)),
+                hopper_threads, stages_bytes, stream, product, weights, input);
+}
+
+template <class Element>
+void launch_element(const Product& product, Phase phase, cudaStream_t stream) {
+  if (phase == Phase::down) return launch_phase<Element, Phase::down>(product, stream);
+  if (phase == Phase::up) return launch_phase<Element, Phase::up>(product, stream);
+  launch_phase<Element, Phase::gated_up>(product, stream);
+}
+
+}  // namespace
+
+void launch_hopper(const Product& product, Phase phase, Stream stream) {
+  if (product.shape.dtype == Dtype::f16) return launch_element<__half>(product, phase, stream);
+  launch_element<__nv_bfloat16>(product, phase, stream);
+}
+
+}  // namespace sida::cuda

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace sida::cuda {
+
+/// @throws std::runtime_error naming `what` and CUDA's reason.
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": CUDA reports " + cudaGetErrorString(status));
+}
+
+/// An attribute of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "find the current device");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "read an attribute of the device");
+  return value;
+}
+
+/// The first number of the device's compute capability: 9 is Hopper.
+inline int compute_capability() { return device_attribute(cudaDevAttrComputeCapabilityMajor); }
+
+}  // namespace sida::cuda
