@@ -59,7 +59,7 @@ int expert_layer(const int* values, const ExpertLayerPointers* at, int plan_only
     const cuda::Plan plan = cuda::plan_at(shape, at->plan);
     cuda::make_plan(shape, at->ids, false, at->weights, plan, stream);
     if (plan_only) return 0;
-    const cuda::ExpertSlabs slabs{at->arena,       at->stride,         at->slot_of, 0,
+    const cuda::ExpertSlabs slabs{at->arena,       at->stride,         at->slot_of,         0,
                                   at->down_offset, at->up_bias_offset, at->down_bias_offset};
     cuda::compute_experts(shape, plan, at->hidden, slabs, at->workspace, stream);
     cuda::combine(shape, plan, at->weights, at->workspace, at->out, stream);

@@ -80,7 +80,8 @@ __device__ void finish_pairs(const Task& task, int row, int column, Sum&& sum, U
     if (activation == Act::silu)
       return finish_activated<Task, Element, pairs, Act::silu>(task, row, column, sum, up);
     if (activation == Act::swiglu_clamped)
-      return finish_activated<Task, Element, pairs, Act::swiglu_clamped>(task, row, column, sum, up);
+      return finish_activated<Task, Element, pairs, Act::swiglu_clamped>(task, row, column, sum,
+                                                                         up);
   }
   finish_activated<Task, Element, pairs, Act::relu>(task, row, column, sum, up);
 }

@@ -25,16 +25,17 @@ constexpr double any = 1e30;
 // Up to four rows an expert, blocks of few weight rows and tokens leave registers for more blocks;
 // the rare expert with more than eight rows reads its weights again, from L2.
 constexpr Entry hopper_table[] = {
-    {8, any, Kernel::narrow}, {0, 4, Kernel::narrow}, {0, any, Kernel::grouped}};
-constexpr Entry other_table[] = {
-    {8, any, Kernel::narrow}, {0, 4, Kernel::narrow}, {0, any, Kernel::wide}};
+    {8, any, Kernel::narrow}, {0, 4, Kernel::narrow}, {0, any, Kernel::hopper}};
+constexpr Entry other_table[] = {{8, any, Kernel::narrow},
+                                 {0, 4, Kernel::narrow},
+                                 {0, 32, Kernel::wide},
+                                 {0, any, Kernel::grouped}};
 
 bool takes(const LayerShape& shape, Kernel kernel) {
   if (kernel == Kernel::general) return true;
-  if (kernel == Kernel::tuned ||
-      !streams_weights(shape.dtype, shape.hidden, shape.intermediate))
+  if (kernel == Kernel::tuned || !streams_weights(shape.dtype, shape.hidden, shape.intermediate))
     return false;
-  return kernel != Kernel::grouped || (hopper_built && compute_capability() == 9);
+  return kernel != Kernel::hopper || (hopper_built && compute_capability() == 9);
 }
 
 template <std::size_t rows>
@@ -49,8 +50,8 @@ Kernel first_fitting(const Entry (&table)[rows], const LayerShape& shape) {
 
 Kernel choose_kernel(const LayerShape& shape) {
   if (!takes(shape, Kernel::narrow)) return Kernel::general;
-  return takes(shape, Kernel::grouped) ? first_fitting(hopper_table, shape)
-                                       : first_fitting(other_table, shape);
+  return takes(shape, Kernel::hopper) ? first_fitting(hopper_table, shape)
+                                      : first_fitting(other_table, shape);
 }
 
 LayerShape with_kernel(LayerShape shape) {

@@ -52,8 +52,7 @@ __global__ void __launch_bounds__(combine_threads)
                          Element* out) {
   wait_for_previous();
   let_next_start();
-  const std::size_t index =
-      static_cast<std::size_t>(blockIdx.x) * combine_threads + threadIdx.x;
+  const std::size_t index = static_cast<std::size_t>(blockIdx.x) * combine_threads + threadIdx.x;
   const int pieces = shape.hidden / 8;
   const int token = static_cast<int>(index / pieces), piece = static_cast<int>(index % pieces);
   if (token >= shape.tokens) return;
@@ -65,8 +64,8 @@ __global__ void __launch_bounds__(combine_threads)
     if (row < 0) continue;
     const float weight = weights[a];
     Piece<Element> result;
-    result.bits = reinterpret_cast<const uint4*>(
-        results + static_cast<std::size_t>(row) * shape.hidden)[piece];
+    result.bits = reinterpret_cast<const uint4*>(results + static_cast<std::size_t>(row) *
+                                                               shape.hidden)[piece];
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i] += weight * to_float(result.values[i]);
   }
@@ -81,7 +80,7 @@ void launch_combine(const LayerShape& shape, const Plan& plan, const float* weig
                     const std::byte* results, Element* out, cudaStream_t stream) {
   constexpr const char* what = "launch the sum over experts";
   if constexpr (!std::is_same_v<Element, float>)
-    if (shape.kernel == Kernel::grouped) {
+    if (short_results(shape.kernel)) {
       const std::size_t threads = static_cast<std::size_t>(shape.tokens) * (shape.hidden / 8);
       const auto blocks = static_cast<unsigned>((threads + combine_threads - 1) / combine_threads);
       return launch(what, combine_short_kernel<Element>, dim3(blocks), combine_threads, stream,

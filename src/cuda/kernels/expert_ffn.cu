@@ -4,7 +4,7 @@
 #include "choose_kernel.hpp"
 #include "expert_kernels.hpp"
 #include "general.cuh"
-#include "grouped_hopper.hpp"
+#include "grouped.hpp"
 #include "launch.cuh"
 #include "streaming.cuh"
 
@@ -18,7 +18,8 @@ void launch_product(const Product& product, cudaStream_t stream) {
   constexpr const char* what = "launch a product of expert weights";
   const LayerShape& shape = product.shape;
   const Kernel kernel = shape.kernel;
-  if (kernel == Kernel::grouped) return launch_hopper(product, phase, stream);
+  if (kernel == Kernel::hopper) return launch_hopper(product, phase, stream);
+  if (kernel == Kernel::grouped) return launch_grouped(product, phase, stream);
   const int outputs = phase == Phase::down ? shape.hidden : shape.intermediate;
   const auto experts = static_cast<unsigned>(std::min(shape.experts, shape.tokens * shape.top_k));
   if constexpr (!std::is_same_v<Element, float>) {
@@ -44,7 +45,7 @@ void launch_product(const Product& product, cudaStream_t stream) {
 std::size_t workspace_bytes(const LayerShape& given) {
   const LayerShape shape = with_kernel(given);
   const std::size_t element =
-      shape.kernel == Kernel::grouped ? 2 : sizeof(float) * down_splits(shape, 1);
+      short_results(shape.kernel) ? 2 : sizeof(float) * down_splits(shape, 1);
   return results_offset(shape) + element * static_cast<std::size_t>(shape.tokens) *
                                      static_cast<std::size_t>(shape.top_k) *
                                      static_cast<std::size_t>(shape.hidden);

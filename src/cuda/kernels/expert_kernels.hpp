@@ -25,7 +25,8 @@ enum class Kernel : std::uint8_t {
   tuned,    ///< what the table of choose_kernel.cpp says
   narrow,   ///< mma.sync on streamed weights, 16 weight rows and 8 tokens at a time
   wide,     ///< the same with 32 weight rows and 32 tokens at a time
-  grouped,  ///< tiles of 128 rows: wgmma and tensor copies on Hopper, mma.sync elsewhere
+  grouped,  ///< tiles of 128 rows x 128 weight rows, mma.sync
+  hopper,   ///< tiles of 128 rows x 256 weight rows, wgmma and tensor copies
   general,  ///< plain f32 arithmetic: any dtype, any size
 };
 

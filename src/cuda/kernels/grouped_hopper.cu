@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "grouped_hopper.hpp"
+#include "grouped.hpp"
 
 #include <cudaTypedefs.h>
 
@@ -15,7 +15,8 @@ namespace sida::cuda {
 namespace {
 
 constexpr int tile_rows = 128, tile_outputs = 256, tile_depth = 64, stages = 4;
-constexpr int rows_bytes = tile_rows * tile_depth * 2, outputs_bytes = tile_outputs * tile_depth * 2;
+constexpr int rows_bytes = tile_rows * tile_depth * 2,
+              outputs_bytes = tile_outputs * tile_depth * 2;
 constexpr int copying_threads = 128, multiplying_warps = 8;
 constexpr int hopper_threads = copying_threads + multiplying_warps * 32;
 
@@ -53,8 +54,7 @@ __global__ void __launch_bounds__(hopper_threads, 1)
   constexpr int outputs_each = Task::gated ? tile_outputs / 2 : tile_outputs;
   extern __shared__ std::byte memory[];
   __shared__ int first_tile[max_experts + 1];
-  Stages& ring = *reinterpret_cast<Stages*>(
-      memory + (1024 - hopper::shared_address(memory) % 1024) % 1024);
+  Stages& ring = *reinterpret_cast<Stages*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   // The plan has been written before the previous kernel let this one start; a down product
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(hopper_threads, 1)
                                 outputs + tile.output, tile.slot, full);
           }
           if constexpr (gathers) {
-            const unsigned to = hopper::shared_address(ring.rows[turn.stage]) + lane_row * 128 +
+            const unsigned to = shared_address(ring.rows[turn.stage]) + lane_row * 128 +
                                 (chunk ^ (lane_row % 8)) * 16;
             const int at = k + chunk * 8;
             const bool inside = at < depth;
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(hopper_threads, 1)
 #pragma unroll
             for (int i = 0; i < tile_rows / 16; ++i)
               if (tile.row + lane_row + 16 * i < tile.expert.rows)
-                hopper::copy_16(to + i * 16 * 128,
-                                from + static_cast<std::size_t>(sources[i]) * depth, inside);
+                copy_16(to + i * 16 * 128, from + static_cast<std::size_t>(sources[i]) * depth,
+                        inside);
             hopper::arrive_after_copies(full);
           } else if (copies_rows) {
             hopper::arrive_expecting(full, rows_bytes);
@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(hopper_threads, 1)
       const Task task{product, product.slabs.arena + tile.slot * product.slabs.stride, tile.expert};
       const int row = first_row + warp % 4 * 16 + lane / 4, column = tile.output + lane % 4 * 2;
       finish_pairs<Task, Element, 64 / (Task::gated ? 2 : 1) / 2>(
-          task, row, column, [&](int half, int pair, int i) { return sums[pair * 4 + half * 2 + i]; },
+          task, row, column,
+          [&](int half, int pair, int i) { return sums[pair * 4 + half * 2 + i]; },
           [&](int half, int pair, int i) {
             return sums[(Task::gated ? 64 : 0) + pair * 4 + half * 2 + i];
           });
@@ -191,7 +192,8 @@ CUtensorMap tensor_map(Dtype dtype, const void* base, std::initializer_list<std:
   const cuuint32_t box[3] = {tile_depth, box_rows, 1}, each[3] = {1, 1, 1};
   CUtensorMap map{};
   const CUresult status = encode(
-      &map, dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      &map,
+      dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       static_cast<cuuint32_t>(dimensions.size()), const_cast<void*>(base), size, stride, box, each,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -213,9 +215,9 @@ void launch_phase(const Product& product, cudaStream_t stream) {
   const CUtensorMap weights =
       tensor_map(shape.dtype, part, {depth, outputs, any_slot}, {2 * depth, product.slabs.stride},
                  gated ? tile_outputs / 2 : tile_outputs);
-  const std::size_t rows = down ? static_cast<std::size_t>(shape.tokens) *
-                                      static_cast<std::size_t>(shape.top_k)
-                                : static_cast<std::size_t>(shape.tokens);
+  const std::size_t rows =
+      down ? static_cast<std::size_t>(shape.tokens) * static_cast<std::size_t>(shape.top_k)
+           : static_cast<std::size_t>(shape.tokens);
   const CUtensorMap input =
       tensor_map(shape.dtype, product.in, {depth, rows}, {2 * depth}, tile_rows);
   const auto kernel = hopper_kernel<Element, phase>;

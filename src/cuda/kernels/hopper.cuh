@@ -5,14 +5,11 @@
 
 #include <type_traits>
 
+#include "copies.cuh"
 #include "element.cuh"
 
 /// The instructions of Hopper that the grouped product uses: mbarriers, tensor copies, wgmma.
 namespace sida::cuda::hopper {
-
-__device__ inline unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ inline void init_barrier(std::uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -67,13 +64,6 @@ __device__ inline void copy_tile(void* to, const CUtensorMap& map, int column, i
       : "memory");
 }
 
-/// 16 bytes from global to shared memory; zeros unless `inside`.
-__device__ inline void copy_16(unsigned to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
-}
-
 /// Lets tensor cores see what copies and stores have written to shared memory.
 __device__ inline void fence_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -81,13 +71,11 @@ __device__ inline void fence_shared() {
 
 /// wgmma's view of a matrix in shared memory whose rows are 128 bytes, swizzled by 128 bytes.
 __device__ inline std::uint64_t matrix(const void* start) {
-  return static_cast<std::uint64_t>((shared_address(start) & 0x3ffff) >> 4) | std::uint64_t{1} << 16 |
-         std::uint64_t{64} << 32 | std::uint64_t{1} << 62;
+  return static_cast<std::uint64_t>((shared_address(start) & 0x3ffff) >> 4) |
+         std::uint64_t{1} << 16 | std::uint64_t{64} << 32 | std::uint64_t{1} << 62;
 }
 
-__device__ inline void begin_multiply() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ inline void begin_multiply() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_multiply() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

@@ -7,7 +7,8 @@
 
 namespace sida::cuda {
 
-/// Enqueues a kernel with `shared` bytes of dynamic shared memory that calls wait_for_previous() before it touches what earlier kernels write.
+/// Enqueues a kernel with `shared` bytes of dynamic shared memory that calls wait_for_previous()
+/// before it touches what earlier kernels write.
 template <class... Parameters, class... Arguments>
 void launch_shared(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {

@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(plan_warps * 32)
   place(ids, weights, 0, assignments, experts, plan, counts, next_row, in_warp);
 }
 
-/// Of many assignments, one block counts `chunk`: into plan.chunks [blocks, E + 1], ids out of range
-/// last.
+/// Of many assignments, one block counts `chunk`: into plan.chunks [blocks, E + 1], ids out of
+/// range last.
 template <class Id>
 __global__ void __launch_bounds__(chunk)
     count_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(chunk) scan_kernel(int blocks, int experts, Pl
   int sum = 0;
   if (e <= experts) {
 #pragma unroll 8
-    for (int b = 0; b < blocks; ++b) sum += plan.chunks[static_cast<std::size_t>(b) * (experts + 1) + e];
+    for (int b = 0; b < blocks; ++b)
+      sum += plan.chunks[static_cast<std::size_t>(b) * (experts + 1) + e];
     counts[e] = sum;
   }
   __syncthreads();

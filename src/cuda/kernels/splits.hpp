@@ -37,9 +37,14 @@ SIDA_HOST_DEVICE constexpr int down_splits(const LayerShape& shape, int rows) {
   return splits < 1 ? 1 : splits > 8 ? 8 : splits;
 }
 
+/// Whether the rows' results are kept in the dtype, not f32.
+constexpr bool short_results(Kernel kernel) {
+  return kernel == Kernel::grouped || kernel == Kernel::hopper;
+}
+
 /// Where in a call's scratch memory the rows' results begin: it holds activations [T * k, I] of the
-/// dtype, then results [splits, T * k, H] in f32 (of Kernel::grouped, [T * k, H] of the dtype), both
-/// by row of the plan.
+/// dtype, then results [splits, T * k, H] in f32 (where short_results(), [T * k, H] of the dtype),
+/// both by row of the plan.
 constexpr std::size_t results_offset(const LayerShape& shape) {
   const std::size_t element = shape.dtype == Dtype::f32 ? 4 : 2;
   const std::size_t bytes = static_cast<std::size_t>(shape.tokens) *
