@@ -32,7 +32,7 @@ TOKENS = {
     "qwen3-30b": (1, 64, 1024, 4096, 16384),
     "mixtral": (1, 64, 1024, 16384),
 }
-KERNELS = ("tuned", "narrow", "wide", "grouped", "hopper", "general")
+KERNELS = ("tuned", "narrow", "wide", "grouped", "hopper", "dot", "tiled", "general")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu_clamped")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 READ_PER_US, FLOPS_PER_US = 4.49e6, 784e6  # of one H200; floors of other GPUs are not given
@@ -124,6 +124,28 @@ def grouped_chain(up, down, hidden, ids, weights, gated):
         o = grouped_mm(h, down.transpose(1, 2), offs=offsets)
         o = o * weights.flatten()[order].to(o.dtype).unsqueeze(-1)
         return torch.zeros_like(hidden).index_add_(0, token, o)
+
+    return layer
+
+
+def cublas_loop(up, down, hidden, ids, weights, gated):
+    """Two products an expert by cuBLAS, for the rows that `ids` give now."""
+    rows = []
+    for expert in ids.unique().tolist():
+        token, j = (ids == expert).nonzero(as_tuple=True)
+        rows.append((expert, token, weights[token, j].to(hidden.dtype).unsqueeze(-1)))
+
+    def layer():
+        out = torch.zeros_like(hidden)
+        for expert, token, weight in rows:
+            h = hidden[token] @ up[expert].T
+            if gated:
+                gate, beside = h.chunk(2, -1)
+                h = F.silu(gate) * beside
+            else:
+                h = F.relu(h)
+            out.index_add_(0, token, (h @ down[expert].T) * weight)
+        return out
 
     return layer
 
@@ -234,7 +256,9 @@ def measure(library, name, tokens, up, down, kernels, routing, repetitions, tile
         row["triton_tile"] = tiles
         layers["triton"] = lambda: peer(tiles)
         layers["grouped_mm"] = grouped_chain(*common, gated)
-    exact = (reference if tokens <= 4096 else grouped_chain)(*common, gated)
+    else:
+        layers["cublas_loop"] = cublas_loop(*common, gated)
+    exact = (reference if tokens <= 4096 or dtype != torch.bfloat16 else grouped_chain)(*common, gated)
     exact = exact() if callable(exact) else exact
     for label, layer in list(layers.items()):
         out = layer()

@@ -232,8 +232,9 @@ TEST_CASE("a layer is within its dtype's limit of the definition in f64") {
 
 TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
   if (!gpu_found()) return;
-  const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::wide, cuda::Kernel::grouped,
-                               cuda::Kernel::hopper, cuda::Kernel::general);
+  const auto kernel =
+      GENERATE(cuda::Kernel::narrow, cuda::Kernel::wide, cuda::Kernel::grouped,
+               cuda::Kernel::hopper, cuda::Kernel::dot, cuda::Kernel::tiled, cuda::Kernel::general);
   const auto dtype = GENERATE(DataType::f16, DataType::bf16);
   const auto tokens = GENERATE(1, 5, 65, 300);
   struct Case {

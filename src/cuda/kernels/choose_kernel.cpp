@@ -31,11 +31,22 @@ constexpr Entry other_table[] = {{8, any, Kernel::narrow},
                                  {0, 32, Kernel::wide},
                                  {0, any, Kernel::grouped}};
 
+constexpr Entry full_table[] = {{0, 8, Kernel::dot}, {0, any, Kernel::tiled}};
+
 bool takes(const LayerShape& shape, Kernel kernel) {
-  if (kernel == Kernel::general) return true;
-  if (kernel == Kernel::tuned || !streams_weights(shape.dtype, shape.hidden, shape.intermediate))
-    return false;
-  return kernel != Kernel::hopper || (hopper_built && compute_capability() == 9);
+  switch (kernel) {
+    case Kernel::narrow:
+    case Kernel::wide:
+    case Kernel::grouped:
+      return streams_weights(shape.dtype, shape.hidden, shape.intermediate);
+    case Kernel::hopper:
+      return takes(shape, Kernel::grouped) && hopper_built && compute_capability() == 9;
+    case Kernel::dot:
+    case Kernel::tiled:
+      return shape.dtype == Dtype::f32 && shape.hidden % 4 == 0 && shape.intermediate % 4 == 0;
+    default:
+      return kernel == Kernel::general;
+  }
 }
 
 template <std::size_t rows>
@@ -49,9 +60,10 @@ Kernel first_fitting(const Entry (&table)[rows], const LayerShape& shape) {
 }  // namespace
 
 Kernel choose_kernel(const LayerShape& shape) {
-  if (!takes(shape, Kernel::narrow)) return Kernel::general;
-  return takes(shape, Kernel::hopper) ? first_fitting(hopper_table, shape)
-                                      : first_fitting(other_table, shape);
+  if (takes(shape, Kernel::tiled)) return first_fitting(full_table, shape);
+  if (takes(shape, Kernel::hopper)) return first_fitting(hopper_table, shape);
+  if (takes(shape, Kernel::grouped)) return first_fitting(other_table, shape);
+  return Kernel::general;
 }
 
 LayerShape with_kernel(LayerShape shape) {

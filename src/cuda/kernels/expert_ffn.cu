@@ -3,6 +3,7 @@
 
 #include "choose_kernel.hpp"
 #include "expert_kernels.hpp"
+#include "full.cuh"
 #include "general.cuh"
 #include "grouped.hpp"
 #include "launch.cuh"
@@ -33,6 +34,17 @@ void launch_product(const Product& product, cudaStream_t stream) {
       return launch(what, streaming_kernel<Element, phase, 2, 4>,
                     dim3(blocks(outputs, 2 * stripe), experts, splits), streaming_threads, stream,
                     product);
+  }
+  if constexpr (std::is_same_v<Element, float>) {
+    if (kernel == Kernel::dot)
+      return launch(what, dot_kernel<phase>, dim3(blocks(outputs, dot_outputs), experts),
+                    full_threads, stream, product);
+    if (kernel == Kernel::tiled) {
+      constexpr int each = phase == Phase::gated_up ? full_outputs / 2 : full_outputs;
+      const unsigned row_blocks = std::min(blocks(shape.tokens, full_rows), 16u);
+      return launch(what, tiled_kernel<phase>, dim3(blocks(outputs, each), experts, row_blocks),
+                    full_threads, stream, product);
+    }
   }
   const unsigned row_blocks = std::min(blocks(shape.tokens, general_rows), 16u);
   launch(what, general_kernel<Element, phase>,

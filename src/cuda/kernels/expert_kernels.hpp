@@ -27,6 +27,8 @@ enum class Kernel : std::uint8_t {
   wide,     ///< the same with 32 weight rows and 32 tokens at a time
   grouped,  ///< tiles of 128 rows x 128 weight rows, mma.sync
   hopper,   ///< tiles of 128 rows x 256 weight rows, wgmma and tensor copies
+  dot,      ///< f32 weights: a warp for each weight row
+  tiled,    ///< f32 weights: tiles of 128 rows x 128 weight rows
   general,  ///< plain f32 arithmetic: any dtype, any size
 };
 
