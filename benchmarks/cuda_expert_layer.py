@@ -40,8 +40,14 @@ READ_PER_US, FLOPS_PER_US = 4.49e6, 784e6  # of one H200; floors of other GPUs a
 
 class Pointers(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "ids weights hidden arena slot_of plan workspace out".split()),
-        *((name, ctypes.c_uint64) for name in "stride down_offset up_bias_offset down_bias_offset".split()),
+        *(
+            (name, ctypes.c_void_p)
+            for name in "ids weights hidden arena slot_of plan workspace out".split()
+        ),
+        *(
+            (name, ctypes.c_uint64)
+            for name in "stride down_offset up_bias_offset down_bias_offset".split()
+        ),
     ]
 
 
@@ -66,12 +72,20 @@ class SidaLayer:
         self.kept = (ids, weights, hidden, slot_of, arena)
         addresses = (t.data_ptr() for t in (ids, weights, hidden, arena, slot_of, self.plan_memory))
         self.pointers = Pointers(
-            *addresses, self.workspace.data_ptr(), self.out.data_ptr(), up_bytes + down_bytes, up_bytes, 0, 0
+            *addresses,
+            self.workspace.data_ptr(),
+            self.out.data_ptr(),
+            up_bytes + down_bytes,
+            up_bytes,
+            0,
+            0,
         )
 
     def enqueue(self, plan_only=False):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if self.library.expert_layer(self.shape, ctypes.byref(self.pointers), int(plan_only), stream):
+        if self.library.expert_layer(
+            self.shape, ctypes.byref(self.pointers), int(plan_only), stream
+        ):
             raise RuntimeError("sida's layer failed")
 
     def __call__(self):
@@ -98,7 +112,9 @@ def arena_of(up, down):
         _arenas.clear()
         experts = up.shape[0]
         slot_of = torch.randperm(experts, device=up.device)
-        arena = torch.empty(experts, up[0].numel() + down[0].numel(), device=up.device, dtype=up.dtype)
+        arena = torch.empty(
+            experts, up[0].numel() + down[0].numel(), device=up.device, dtype=up.dtype
+        )
         arena[slot_of, : up[0].numel()] = up.flatten(1)
         arena[slot_of, up[0].numel() :] = down.flatten(1)
         _arenas[up.data_ptr()] = (slot_of.to(torch.int32), arena)
@@ -165,7 +181,9 @@ def reference(up, down, hidden, ids, weights, gated):
             h = F.silu(gate) * beside
         else:
             h = F.relu(h)
-        out.index_add_(0, token, (h @ down[expert].double().T) * weights[token, j].double().unsqueeze(-1))
+        out.index_add_(
+            0, token, (h @ down[expert].double().T) * weights[token, j].double().unsqueeze(-1)
+        )
     return out
 
 
@@ -258,7 +276,9 @@ def measure(library, name, tokens, up, down, kernels, routing, repetitions, tile
         layers["grouped_mm"] = grouped_chain(*common, gated)
     else:
         layers["cublas_loop"] = cublas_loop(*common, gated)
-    exact = (reference if tokens <= 4096 or dtype != torch.bfloat16 else grouped_chain)(*common, gated)
+    exact = (reference if tokens <= 4096 or dtype != torch.bfloat16 else grouped_chain)(
+        *common, gated
+    )
     exact = exact() if callable(exact) else exact
     for label, layer in list(layers.items()):
         out = layer()
@@ -297,7 +317,9 @@ def summary(row):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--library", required=True)
     parser.add_argument("--json")
     parser.add_argument("--kernels", default="tuned", help="of sida's, separated by commas")
@@ -330,7 +352,10 @@ def main() -> None:
     for name in options.shapes.split(","):
         hidden_size, intermediate, experts, _, gated = SHAPES[name]
         make = dict(device="cuda", dtype=dtype)
-        up = torch.randn(experts, (1 + gated) * intermediate, hidden_size, **make) * hidden_size**-0.5
+        up = (
+            torch.randn(experts, (1 + gated) * intermediate, hidden_size, **make)
+            * hidden_size**-0.5
+        )
         down = torch.randn(experts, hidden_size, intermediate, **make) * intermediate**-0.5
         for tokens in (tokens for shape, tokens in cases if shape == name):
             kernels = options.kernels.split(",")
@@ -343,7 +368,11 @@ def main() -> None:
             rows.append(row)
             print(summary(row), f" {time.perf_counter() - started:.0f} s", flush=True)
             if options.json:
-                device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": sys.argv}
+                device = {
+                    "gpu": torch.cuda.get_device_name(),
+                    "torch": torch.__version__,
+                    "command": sys.argv,
+                }
                 Path(options.json).write_text(json.dumps({**device, "rows": rows}, indent=1) + "\n")
         del up, down
         _arenas.clear()

@@ -34,7 +34,17 @@ def options_for(rows):
 
 
 @triton.jit
-def _pad_rows(counts, offsets, order, rows, experts, padded, E: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+def _pad_rows(
+    counts,
+    offsets,
+    order,
+    rows,
+    experts,
+    padded,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     """One program an expert: its rows into whole tiles of `rows`, its tiles into `experts`."""
     expert = tl.program_id(0)
     every = tl.arange(0, E)

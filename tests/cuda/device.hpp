@@ -32,6 +32,10 @@ inline void copy_to_host(void* to, const void* from, std::size_t bytes) {
   check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
 }
 
+inline void copy_to_device(std::byte* to, const std::vector<std::byte>& bytes) {
+  check_cuda(cudaMemcpy(to, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+}
+
 /// Device memory that it owns.
 class DeviceBuffer {
  public:

@@ -34,36 +34,64 @@ struct Pair<__nv_bfloat16> {
   __device__ static __nv_bfloat162 of(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 
-/// Finishes what a lane of mma or wgmma holds: outputs `column` + 8 p + {0, 1}, for p < pairs, of
-/// the expert's rows `row` and `row` + 8. `sum(half, p, i)` and `up(half, p, i)` are the products.
+/// Finishes outputs `at` and `at` + 1 of an expert's row, as one word.
+template <class Task, class Element, Act activation>
+__device__ unsigned finished_pair(const Task& task, int at, const float (&sums)[2],
+                                  const float (&ups)[2]) {
+  float values[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    values[i] = sums[i] + task.bias(at + i);
+    if constexpr (!Task::down) values[i] = quickly_activated<activation>(values[i]);
+    if constexpr (Task::gated)
+      values[i] *= beside_gate(activation, ups[i] + task.bias(task.outputs() + at + i));
+  }
+  const auto pair = Pair<Element>::of(values[0], values[1]);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+/// Lane q of four gets word q of each of the four.
+__device__ inline void transpose(unsigned (&words)[4], int quarter) {
+  const bool odd = quarter & 1, high = quarter & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const unsigned other = __shfl_xor_sync(~0u, odd ? words[i] : words[i + 1], 1);
+    (odd ? words[i] : words[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned other = __shfl_xor_sync(~0u, high ? words[i] : words[i + 2], 2);
+    (high ? words[i] : words[i + 2]) = other;
+  }
+}
+
+/// Finishes what a lane of mma or wgmma holds: outputs `column` + 2 (lane % 4) + 8 p + {0, 1}, for
+/// p < pairs, of the expert's rows `row` and `row` + 8. `sum(half, p, i)` and `up(half, p, i)` are
+/// the products. Called by whole warps; four lanes together write 64 bytes of a row.
 template <class Task, class Element, int pairs, Act activation, class Sum, class Up>
 __device__ void finish_activated(const Task& task, int row, int column, Sum&& sum, Up&& up) {
-  const int outputs = task.outputs();
-  auto* const out = static_cast<Element*>(task.product.out);
+  constexpr int each = pairs < 4 ? pairs : 4;
+  const int outputs = task.outputs(), quarter = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
-  for (int p = 0; p < pairs; ++p) {
-    const int at = column + 8 * p;
-    if (at >= outputs) return;
-    const float bias[2] = {task.bias(at), task.bias(at + 1)};
-    float up_bias[2] = {};
-    if constexpr (Task::gated) {
-      up_bias[0] = task.bias(outputs + at);
-      up_bias[1] = task.bias(outputs + at + 1);
-    }
+  for (int group = 0; group < pairs; group += each) {
+    const int first = column + 8 * group;
+    if (first >= outputs) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= task.expert.rows) continue;
-      float values[2];
+      unsigned words[4] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        values[i] = sum(half, p, i) + bias[i];
-        if constexpr (!Task::down) values[i] = quickly_activated<activation>(values[i]);
-        if constexpr (Task::gated)
-          values[i] *= beside_gate(activation, up(half, p, i) + up_bias[i]);
+      for (int p = 0; p < each; ++p) {
+        const int at = first + 8 * p + 2 * quarter;
+        const float sums[2] = {sum(half, group + p, 0), sum(half, group + p, 1)};
+        const float ups[2] = {up(half, group + p, 0), up(half, group + p, 1)};
+        if (at < outputs) words[p] = finished_pair<Task, Element, activation>(task, at, sums, ups);
       }
-      const std::size_t sorted = static_cast<std::size_t>(task.expert.row_begin + row + 8 * half);
-      const auto pair = Pair<Element>::of(values[0], values[1]);
-      *reinterpret_cast<decltype(Pair<Element>::of(0, 0))*>(out + sorted * outputs + at) = pair;
+      transpose(words, quarter);
+      const int at = first + 8 * quarter;
+      if (quarter >= each || at >= outputs || row + 8 * half >= task.expert.rows) continue;
+      const auto sorted = static_cast<std::size_t>(task.expert.row_begin + row + 8 * half);
+      auto* const out = static_cast<Element*>(task.product.out) + sorted * outputs + at;
+      *reinterpret_cast<uint4*>(out) = {words[0], words[1], words[2], words[3]};
     }
   }
 }

@@ -13,8 +13,8 @@ constexpr bool hopper_built = true;
 constexpr bool hopper_built = false;
 #endif
 
-/// Up to how many tokens a call, or assignments per expert on average, a kernel is the fastest;
-/// the first row that fits counts.
+/// A kernel for calls of so many tokens or fewer, and for so many rows an expert on average or
+/// fewer; the first entry that fits counts.
 struct Entry {
   int tokens;
   double rows;
@@ -22,15 +22,14 @@ struct Entry {
 };
 
 constexpr double any = 1e30;
-// Up to four rows an expert, blocks of few weight rows and tokens leave registers for more blocks;
-// the rare expert with more than eight rows reads its weights again, from L2.
+// Measured by benchmarks/cuda_expert_layer.py. Few rows need few registers for more blocks; the
+// rare expert with more than eight rows then reads its weights again, from L2.
 constexpr Entry hopper_table[] = {
-    {8, any, Kernel::narrow}, {0, 4, Kernel::narrow}, {0, any, Kernel::hopper}};
-constexpr Entry other_table[] = {{8, any, Kernel::narrow},
+    {8, 0, Kernel::narrow}, {0, 1, Kernel::narrow}, {0, any, Kernel::hopper}};
+constexpr Entry other_table[] = {{8, 0, Kernel::narrow},
                                  {0, 4, Kernel::narrow},
-                                 {0, 32, Kernel::wide},
+                                 {0, 16, Kernel::wide},
                                  {0, any, Kernel::grouped}};
-
 constexpr Entry full_table[] = {{0, 8, Kernel::dot}, {0, any, Kernel::tiled}};
 
 bool takes(const LayerShape& shape, Kernel kernel) {

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(grouped_threads) grouped_kernel(Product produc
 #pragma unroll
     for (int m = 0; m < 4; ++m)
       finish_pairs<Task, Element, Task::gated ? 2 : 4>(
-          task, tile.row + warp_row + m * 16 + lane / 4, tile.output + warp_column + lane % 4 * 2,
+          task, tile.row + warp_row + m * 16 + lane / 4, tile.output + warp_column,
           [&](int half, int pair, int i) { return sums[m][pair][half * 2 + i]; },
           [&](int half, int pair, int i) { return sums[m][(pair + 2) % 4][half * 2 + i]; });
   }

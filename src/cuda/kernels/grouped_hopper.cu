@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(hopper_threads, 1)
       if (lane == 0) hopper::arrive(&ring.empty[previous]);
 
       const Task task{product, product.slabs.arena + tile.slot * product.slabs.stride, tile.expert};
-      const int row = first_row + warp % 4 * 16 + lane / 4, column = tile.output + lane % 4 * 2;
+      const int row = first_row + warp % 4 * 16 + lane / 4;
       finish_pairs<Task, Element, 64 / (Task::gated ? 2 : 1) / 2>(
-          task, row, column,
+          task, row, tile.output,
           [&](int half, int pair, int i) { return sums[pair * 4 + half * 2 + i]; },
           [&](int half, int pair, int i) {
             return sums[(Task::gated ? 64 : 0) + pair * 4 + half * 2 + i];

@@ -123,6 +123,53 @@ __global__ void __launch_bounds__(plan_warps * 32)
   place(ids, weights, 0, assignments, experts, plan, counts, next_row, in_warp);
 }
 
+/// Of few assignments, each a lane of the first warp, one block makes the plan without counting.
+template <class Id>
+__global__ void __launch_bounds__(max_experts)
+    few_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
+  __shared__ int expert_of_lane[32];
+  const int thread = static_cast<int>(threadIdx.x);
+  let_next_start();
+  if (thread < 32) {
+    bool invalid = false;
+    const int e = thread < assignments ? expert_of(ids, weights, thread, experts, invalid) : -1;
+    const unsigned unknown = __ballot_sync(~0u, invalid), same = __match_any_sync(~0u, e);
+    const unsigned before = same & ((1u << thread) - 1);
+    const unsigned firsts = __ballot_sync(~0u, e >= 0 && before == 0);
+    int row = 0, index = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      const int other = __shfl_sync(~0u, e, lane);
+      if (other < 0 || other >= e) continue;
+      ++row;
+      index += firsts >> lane & 1;
+    }
+    const int rows = e >= 0 ? __popc(same) : 0;
+    if (firsts >> thread & 1) plan.active[index] = {e, row, rows, 0};
+    row = e >= 0 ? row + __popc(before) : -1;
+    if (thread < assignments) {
+      plan.row_of[thread] = row;
+      plan.group_rows[thread] = rows;
+    }
+    if (row >= 0) plan.order[row] = thread;
+    if (thread == 0) {
+      *plan.invalid = __popc(unknown);
+      *plan.active_count = __popc(firsts);
+    }
+    expert_of_lane[thread] = e;
+  }
+  __syncthreads();
+  for (int e = thread; e <= experts; e += static_cast<int>(blockDim.x)) {
+    int rows = 0, before = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      const int other = expert_of_lane[lane];
+      rows += other == e;
+      before += other >= 0 && other < e;
+    }
+    if (e < experts) plan.counts[e] = rows;
+    plan.offsets[e] = before;
+  }
+}
+
 /// Of many assignments, one block counts `chunk`: into plan.chunks [blocks, E + 1], ids out of
 /// range last.
 template <class Id>
@@ -184,7 +231,10 @@ __global__ void __launch_bounds__(chunk)
 template <class Id>
 void launch_plan(const Id* ids, const float* weights, int assignments, int experts,
                  const Plan& plan, cudaStream_t stream) {
-  if (assignments <= one_block) {
+  if (assignments <= 32) {
+    const int threads = std::min(max_experts, (experts + 32) / 32 * 32);
+    few_kernel<<<1, threads, 0, stream>>>(ids, weights, assignments, experts, plan);
+  } else if (assignments <= one_block) {
     const int threads = assignments <= 256 ? 256 : plan_warps * 32;
     plan_kernel<<<1, threads, 0, stream>>>(ids, weights, assignments, experts, plan);
   } else {
