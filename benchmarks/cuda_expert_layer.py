@@ -6,7 +6,8 @@ read before each run) and new routing each repetition. Experts lie in shuffled s
 are tuned first for each shape and token count; the tiles and what they took are in the result.
 
     python benchmarks/fetch_triton_moe.py
-    python benchmarks/cuda_expert_layer.py --library build/gpu/benchmarks/libcuda_expert_layer.so --json FILE
+    library=build/gpu/benchmarks/libcuda_expert_layer.so
+    python benchmarks/cuda_expert_layer.py --library $library --json FILE
 """
 
 import argparse
@@ -39,6 +40,8 @@ READ_PER_US, FLOPS_PER_US = 4.49e6, 784e6  # of one H200; floors of other GPUs a
 
 
 class Pointers(ctypes.Structure):
+    """ExpertLayerPointers of cuda_expert_layer.cpp."""
+
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
@@ -82,6 +85,7 @@ class SidaLayer:
         )
 
     def enqueue(self, plan_only=False):
+        """Enqueues the layer, or its plan."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         if self.library.expert_layer(
             self.shape, ctypes.byref(self.pointers), int(plan_only), stream
@@ -89,6 +93,7 @@ class SidaLayer:
             raise RuntimeError("sida's layer failed")
 
     def __call__(self):
+        """Enqueues the layer; its result."""
         self.enqueue()
         return self.out
 
@@ -108,6 +113,7 @@ _arenas: dict[int, tuple] = {}
 
 
 def arena_of(up, down):
+    """Experts in shuffled slots, and the slot of each."""
     if up.data_ptr() not in _arenas:
         _arenas.clear()
         experts = up.shape[0]
@@ -122,7 +128,7 @@ def arena_of(up, down):
 
 
 def grouped_chain(up, down, hidden, ids, weights, gated):
-    """torch's grouped_mm with what must stand around it; no step waits for the host."""
+    """Torch's grouped_mm with what must stand around it; no step waits for the host."""
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
     ends = torch.arange(1, up.shape[0] + 1, device=up.device, dtype=torch.int32)
     top_k = ids.shape[1]
@@ -167,11 +173,13 @@ def cublas_loop(up, down, hidden, ids, weights, gated):
 
 
 def relative_error(out, exact):
+    """Distance of two results, relative to the second."""
     exact = exact.double()
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
 def reference(up, down, hidden, ids, weights, gated):
+    """The layer in f64."""
     out = torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float64)
     for expert in ids.unique().tolist():
         token, j = (ids == expert).nonzero(as_tuple=True)
@@ -188,6 +196,7 @@ def reference(up, down, hidden, ids, weights, gated):
 
 
 def graph_of(function):
+    """A CUDA graph of what `function` enqueues."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -200,6 +209,7 @@ def graph_of(function):
 
 
 def new_ids(tokens, experts, top_k, routing):
+    """Fresh choices of experts: `uniform`, `zipf`, or all tokens to `one`."""
     if routing == "one":
         return torch.arange(top_k, device="cuda").expand(tokens, top_k).contiguous()
     scores = torch.rand(tokens, experts, device="cuda")
@@ -232,11 +242,14 @@ def compile_tiles(case):
 
 
 class Timer:
+    """Times a graph, in microseconds, with cold L2."""
+
     def __init__(self):
         self.cold = torch.empty(64 << 20, device="cuda", dtype=torch.float32)
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, graph):
+        """What one replay takes."""
         self.cold.max()  # 256 MB pass through L2 and leave no dirty lines
         self.begin.record()
         graph.replay()
@@ -246,6 +259,7 @@ class Timer:
 
 
 def measure(library, name, tokens, up, down, kernels, routing, repetitions, tiles, timer, dtype):
+    """Times one shape and token count; a row of the result."""
     hidden_size, intermediate, experts, top_k, gated = SHAPES[name]
     activation = "silu" if gated else "relu"
     hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=dtype)
@@ -308,15 +322,18 @@ def measure(library, name, tokens, up, down, kernels, routing, repetitions, tile
 
 
 def summary(row):
+    """A row as a line of text."""
     times = row["median_us"]
     base = times.get("triton")
     shown = "  ".join(f"{label} {time:.1f}" for label, time in times.items())
     ratio = f"  {base / times['sida tuned']:.2f}x" if base and "sida tuned" in times else ""
     worst = max(row["errors"].values(), default=0)
-    return f"{row['shape']:11}{row['tokens']:6} {row['routing']:8}floor {row['floor_us']:8.1f}  {shown}{ratio}  err {worst:.1e}"
+    case = f"{row['shape']:11}{row['tokens']:6} {row['routing']:8}"
+    return f"{case}floor {row['floor_us']:8.1f}  {shown}{ratio}  err {worst:.1e}"
 
 
 def main() -> None:
+    """Runs what the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

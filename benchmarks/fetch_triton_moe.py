@@ -17,6 +17,7 @@ FUNCTIONS = ("write_zeros_to_output", "fused_moe_kernel")
 
 
 def main() -> None:
+    """Downloads the wheel and writes the two functions."""
     target = Path(__file__).parent.parent / "build" / "triton_moe"
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]

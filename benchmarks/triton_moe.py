@@ -13,16 +13,20 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "build" / "triton_moe"))
-from fused_moe_kernel import fused_moe_kernel  # noqa: E402
+from fused_moe_kernel import fused_moe_kernel
 
 # fmt: off
 # (rows, outputs, depth, group, warps, stages) of a tile, by rows of an expert on average: those of
 # vLLM's own tables for this GPU and their neighbours.
 TILES = {
-    2: [(16, 64, 128, 1, 4, 4), (16, 32, 256, 1, 4, 4), (16, 128, 128, 1, 4, 3), (16, 64, 64, 1, 4, 5)],
-    20: [(16, 64, 128, 1, 4, 4), (16, 128, 128, 1, 4, 3), (16, 128, 64, 1, 4, 5), (32, 128, 128, 1, 8, 3)],
-    100: [(32, 128, 64, 1, 4, 4), (64, 128, 64, 1, 4, 4), (64, 256, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4)],
-    200: [(64, 128, 64, 16, 4, 4), (64, 256, 64, 16, 8, 4), (128, 128, 64, 16, 8, 4), (128, 256, 64, 16, 8, 3)],
+    2: [(16, 64, 128, 1, 4, 4), (16, 32, 256, 1, 4, 4), (16, 128, 128, 1, 4, 3),
+        (16, 64, 64, 1, 4, 5)],
+    20: [(16, 64, 128, 1, 4, 4), (16, 128, 128, 1, 4, 3), (16, 128, 64, 1, 4, 5),
+         (32, 128, 128, 1, 8, 3)],
+    100: [(32, 128, 64, 1, 4, 4), (64, 128, 64, 1, 4, 4), (64, 256, 64, 1, 8, 3),
+          (128, 128, 64, 1, 8, 4)],
+    200: [(64, 128, 64, 16, 4, 4), (64, 256, 64, 16, 8, 4), (128, 128, 64, 16, 8, 4),
+          (128, 256, 64, 16, 8, 3)],
     1 << 30: [(128, 128, 64, 16, 8, 4), (128, 256, 64, 16, 8, 3), (128, 256, 64, 32, 8, 4)],
 }
 # fmt: on
@@ -64,17 +68,17 @@ def _pad_rows(
 
 
 @triton.jit
-def _activate(source, to, I, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(source, to, width, GATED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < I
+    mask = column < width
     if GATED:
-        gate = tl.load(source + row * 2 * I + column, mask=mask).to(tl.float32)
-        up = tl.load(source + row * 2 * I + I + column, mask=mask).to(tl.float32)
+        gate = tl.load(source + row * 2 * width + column, mask=mask).to(tl.float32)
+        up = tl.load(source + row * 2 * width + width + column, mask=mask).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up
     else:
-        value = tl.maximum(tl.load(source + row * I + column, mask=mask).to(tl.float32), 0.0)
-    tl.store(to + row * I + column, value.to(to.dtype.element_ty), mask=mask)
+        value = tl.maximum(tl.load(source + row * width + column, mask=mask).to(tl.float32), 0.0)
+    tl.store(to + row * width + column, value.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -109,6 +113,7 @@ class TritonLayer:
         self.padded_alone = {}
 
     def __call__(self, tile):
+        """Enqueues the layer with this tile; its result."""
         count = self.tokens * self.top_k
         # vLLM leaves out the padding where so few rows fall on so many experts.
         alone = count * 4 <= self.experts
@@ -146,7 +151,8 @@ class TritonLayer:
         fused_moe_kernel[grid](
             a, b, c, None, None, None, self.weights, rows, experts, padded,
             b.shape[1], b.shape[2], size, self.tokens * self.top_k,
-            a.stride(0), a.stride(1), b.stride(0), b.stride(2), b.stride(1), c.stride(0), c.stride(1),
+            a.stride(0), a.stride(1), b.stride(0), b.stride(2), b.stride(1),
+            c.stride(0), c.stride(1),
             0, 0, 0, 0, 0, 0, 0, 0, 0, alone,
             BLOCK_SIZE_M=block_rows, BLOCK_SIZE_N=outputs, BLOCK_SIZE_K=depth, GROUP_SIZE_M=group,
             SPLIT_K=1, MUL_ROUTED_WEIGHT=weighted, top_k=top_k, compute_type=tl.bfloat16,
