@@ -32,7 +32,7 @@ constexpr std::size_t stages_bytes = sizeof(Stages) + 1024;
 struct Turn {
   int stage = 0;
   unsigned parity = 0;
-  __device__ void next() {
+  [[maybe_unused]] __device__ void next() {  // unused but on Hopper
     if (++stage < stages) return;
     stage = 0;
     parity ^= 1;
