@@ -28,16 +28,18 @@ struct Stages {
 };
 constexpr std::size_t stages_bytes = sizeof(Stages) + 1024;
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /// Where a block is in its ring of stages.
 struct Turn {
   int stage = 0;
   unsigned parity = 0;
-  [[maybe_unused]] __device__ void next() {  // unused but on Hopper
+  __device__ void next() {
     if (++stage < stages) return;
     stage = 0;
     parity ^= 1;
   }
 };
+#endif
 
 /// A block computes tiles of 128 rows x 256 weight rows (with a gate: 128 of the gate's and the 128
 /// beside them). One warpgroup brings both operands into a ring of four stages: weights as tensor
