@@ -181,9 +181,9 @@ class ExpertFfn<CudaBackend>::Call {
     const cuda::DeviceScope scope(backend_.device());
     uploads_.send(slots_.data(), slot_bytes(), stream_);
     launch_experts(arena, slots_);
-    backend_.record(waited_, stream_);
-    backend_.synchronize(waited_);
   }
+  void wait(const CudaBackend::Fence& arrival) { backend_.wait(stream_, arrival); }
+  CudaBackend::Fence readers() { return backend_.fence(stream_); }
 
   std::shared_ptr<const KeptExperts<CudaBackend>> keep(std::span<const std::byte* const> slabs) {
     SIDA_EXPECTS(std::ssize(slabs) == config_.experts,
@@ -369,6 +369,8 @@ void ExpertFfn<CudaBackend>::begin(const ConstTensorView& hidden, const Routing&
 const std::vector<std::int32_t>& ExpertFfn<CudaBackend>::experts() { return call_->experts(); }
 std::vector<std::uint8_t> ExpertFfn<CudaBackend>::counted() const { return call_->counted(); }
 void ExpertFfn<CudaBackend>::compute(std::span<const ExpertTask> tasks) { call_->compute(tasks); }
+void ExpertFfn<CudaBackend>::wait(const CudaBackend::Fence& arrival) { call_->wait(arrival); }
+CudaBackend::Fence ExpertFfn<CudaBackend>::readers() { return call_->readers(); }
 std::shared_ptr<const KeptExperts<CudaBackend>> ExpertFfn<CudaBackend>::keep(
     std::span<const std::byte* const> slabs) {
   return call_->keep(slabs);

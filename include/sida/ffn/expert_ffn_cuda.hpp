@@ -63,9 +63,14 @@ class ExpertFfn<CudaBackend> {
   std::vector<std::uint8_t> counted() const;
 
   /// Computes the tasks, each of one expert whose slab lies whole, in the order of SlabLayout, on
-  /// the GPU; slabs of one call lie multiples of slab_bytes apart, as in a cache. Returns when the
-  /// weights are no longer needed. @throws StateError outside a call; InvalidArgument; CudaError.
+  /// the GPU; slabs of one call lie multiples of slab_bytes apart, as in a cache. The weights are
+  /// read in the order of the stream. @throws StateError outside a call; InvalidArgument;
+  /// CudaError.
   void compute(std::span<const ExpertTask> tasks);
+  /// What is enqueued from here on comes behind the fence. @throws CudaError.
+  void wait(const CudaBackend::Fence& arrival);
+  /// Behind all that is enqueued so far: the weights are no longer needed. @throws CudaError.
+  CudaBackend::Fence readers();
 
   /// Notes where the slabs of all experts of a layer lie, for compute(). @throws as compute().
   std::shared_ptr<const KeptExperts<CudaBackend>> keep(std::span<const std::byte* const> slabs);
@@ -113,7 +118,9 @@ class RoutedCall<CudaBackend> {
   ExpertTask task(std::int32_t expert, const ExpertWeights& weights) const {
     return {weights, 0, 0, expert};
   }
+  void wait(const CudaBackend::Fence& arrival) { ffn_.wait(arrival); }
   void compute(std::span<const ExpertTask> tasks) { ffn_.compute(tasks); }
+  CudaBackend::Fence readers() { return ffn_.readers(); }
   void compute(const KeptExperts<CudaBackend>& kept) { ffn_.compute(kept); }
   void combine(const TensorView& out) { ffn_.combine(out); }
 

@@ -80,7 +80,9 @@ class KeptExperts;
 ///   experts()                active experts, ascending; may wait for the backend
 ///   counted()                see above
 ///   task(expert, weights)    what compute() takes
-///   compute(tasks)           returns when the weights are no longer needed
+///   wait(arrival)            what comes next waits for a slab to be there
+///   compute(tasks)
+///   readers()                a fence: behind it the weights are no longer needed
 ///   compute(kept)            all experts of the layer, where they lie (is_deferred only)
 ///   combine(out)             ends the call
 template <class Backend>

@@ -145,13 +145,17 @@ class OffloadedExperts {
     auto demand = scheduler_->demand(layer_, experts, call.counted(), predicted);
     std::vector<ExpertTask> tasks;
     for (;;) {
-      const auto leases = demand.next_ready();
+      auto leases = demand.next_ready();
       if (leases.empty()) return;
       tasks.clear();
-      for (const auto& lease : leases)
+      for (const auto& lease : leases) {
+        call.wait(lease.arrival());
         tasks.push_back(call.task(lease.id().expert, weights_of(lease)));
+      }
       const double begin = Trace::now();
       call.compute(tasks);
+      const auto readers = call.readers();
+      for (auto& lease : leases) lease.end_after(readers);
       trace_compute(begin, tasks.size());
     }
   }
