@@ -20,7 +20,7 @@ from sida import ExpertStore
 from sida.cli.classifier import Classifier, load_encoder
 from sida.cli.locate import draw_sentences
 from sida.huggingface.adapter import find_adapter
-from sida.huggingface.engine import CheckpointExperts
+from sida.huggingface.engine import CheckpointExperts, Place
 from sida.huggingface.handle import Offloaded
 from sida.huggingface.tables import open_tables
 
@@ -40,13 +40,14 @@ def throttled_encoder(bytes_per_second: float, predictor: Any) -> Offloaded:
     return Offloaded(
         model,
         adapter,
-        CheckpointExperts(store.throttled(bytes_per_second=bytes_per_second)),
+        CheckpointExperts(store.throttled(bytes_per_second=bytes_per_second), Place("cpu")),
         memory=MEMORY,
         routing="exact",
         tables=open_tables(predictor, adapter),
         policy="auto",
         threads=None,
         skip_padding=False,
+        device="cpu",
     )
 
 
