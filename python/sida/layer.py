@@ -73,7 +73,7 @@ class LayerExperts:
             RuntimeError: Gradients are wanted, or the scheduler was closed.
         """
         self._prepare(hidden_states, top_k_weights)
-        arrays = [_detached(array) for array in (hidden_states, top_k_index, top_k_weights)]
+        arrays = [detached(array) for array in (hidden_states, top_k_index, top_k_weights)]
         result = self._layer.forward(*arrays, out=out, stream=stream)
         self._calls, self._tokens = self._calls + 1, self._tokens + len(hidden_states)
         return result
@@ -85,7 +85,7 @@ class LayerExperts:
             RuntimeError: The pass has no table, or one that foretells nothing for this layer.
         """
         self._prepare(hidden_states)
-        return self._layer.forward_predicted(_detached(hidden_states), out=out, stream=stream)
+        return self._layer.forward_predicted(detached(hidden_states), out=out, stream=stream)
 
     def _prepare(self, *arrays: Any) -> None:
         _refuse_gradients(*arrays)
@@ -164,7 +164,7 @@ class OffloadedExperts(LayerExperts):
             down_bias=down_bias is not None,
             dtype=_dtype(up_proj),
         )
-        parts = [_in_ram(_detached(part)) for part in (up_proj, down_proj, up_bias, down_bias)]
+        parts = [_in_ram(detached(part)) for part in (up_proj, down_proj, up_bias, down_bias)]
         rows = [tuple(None if part is None else part[e] for part in parts) for e in range(experts)]
         store = ExpertStore.from_arrays(config, [rows])
         self._cache = ExpertCache(store, memory, policy=policy, device=place)
@@ -226,9 +226,9 @@ def _dtype(array: Any) -> str:
     return DTYPES[name]
 
 
-def _detached(array: Any) -> Any:
-    # torch refuses to lend tensors that require gradients
-    return array.detach() if hasattr(array, "detach") else array
+def detached(array: Any) -> Any:
+    """Return an array that torch lends: it refuses to where gradients are required."""
+    return array.detach() if getattr(array, "requires_grad", False) else array
 
 
 def _torch_threads() -> int:

@@ -14,6 +14,7 @@ from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadedExperts, Of
 from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.expert_file import ExpertFile
 from sida.huggingface.pinned_experts import PinnedExperts
+from sida.layer import detached
 
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
@@ -171,7 +172,7 @@ class Engine:
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute a layer's experts as its router chose; see `sida.OffloadedExperts`."""
         out: Tensor = self._layers[layer].forward(
-            hidden.detach().contiguous(), ids.contiguous(), weights.detach().contiguous()
+            detached(hidden).contiguous(), ids.contiguous(), detached(weights).contiguous()
         )
         return out
 
@@ -184,7 +185,7 @@ class Engine:
                     "or its encoder, not a layer by itself"
                 )
             return torch.zeros_like(hidden)
-        out: Tensor = self._layers[layer].forward_predicted(hidden.detach().contiguous())
+        out: Tensor = self._layers[layer].forward_predicted(detached(hidden).contiguous())
         return out
 
     def follow_threads(self) -> None:
