@@ -275,10 +275,10 @@ def test_a_stranger_finds_the_cuda_backend(source: Path, checkpoint: Path, tmp_p
         run("cmake", "--build", tmp_path / cuda)
         run("cmake", "--install", tmp_path / cuda, "--prefix", tmp_path / f"installed-{cuda}")
         shutil.rmtree(tmp_path / cuda)
-    user = ("cmake", "-S", project, "-B", tmp_path / "user", "-G", "Ninja")
-    said = run(*user, f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed-OFF'}", fails=True)
-    assert "built without CUDA" in said
-    run(*user, f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed-AUTO'}")
+    user = ("cmake", "-S", project, "-G", "Ninja", "-B")
+    lacking = f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed-OFF'}"
+    assert "built without CUDA" in run(*user, tmp_path / "lacking", lacking, fails=True)
+    run(*user, tmp_path / "user", f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed-AUTO'}")
     run("cmake", "--build", tmp_path / "user")
     program = tmp_path / "user" / "run_checkpoint_cuda"
     if shutil.which("nvidia-smi") is None:
