@@ -179,6 +179,34 @@ TEST_CASE("A layer that waits for a prefetch that fails has it tried once more",
   CHECK(engine.scheduler.stats().failed_prefetches == 1);
 }
 
+TEST_CASE("A call that meets a load of the call before is not told that it failed",
+          "[scheduler][failures]") {
+  Gate gate;
+  std::atomic<int> reads_of_1 = 0, reads_of_2 = 0;
+  Scheduled<CpuBackend, LruPolicy> engine(
+      std::make_shared<PatternStore>(1, 4, slab_bytes,
+                                     [&](ExpertId id, std::size_t offset) {
+                                       if (offset > 0) return;
+                                       if (id.expert == 1 && reads_of_1++ == 0) {
+                                         gate.wait_for_arrival();
+                                         throw IoError("at once");
+                                       }
+                                       if (id.expert == 2 && reads_of_2++ == 0) {
+                                         gate.pass();
+                                         throw IoError("too late");
+                                       }
+                                     }),
+      Budget::experts(4), small_chunks(2));
+  CHECK_THROWS_WITH(engine.call(0, {1, 2}), "at once");
+  std::thread opener([&] {
+    eventually([&] { return engine.scheduler.stats().total.late > 0; });
+    gate.open();
+  });
+  CHECK(engine.call(0, {1, 2}) == once({1, 2}, 4));
+  opener.join();
+  CHECK(reads_of_2 == 2);
+}
+
 TEST_CASE("Exceptions of other types pass through as they are", "[scheduler][failures]") {
   const auto store = std::make_shared<PatternStore>(1, 2, slab_bytes, [](ExpertId, std::size_t) {
     throw std::overflow_error("of the store's own");

@@ -50,6 +50,7 @@ class TransferQueue {
     ExpertId id;
     std::shared_ptr<Awaited> awaited;  ///< null: nobody waits for it
     bool prefetched = false;
+    bool joined = false;  ///< who waits came after it was begun
   };
 
   TransferQueue(Cache& cache, const TransferOptions& options)
@@ -164,6 +165,7 @@ class TransferQueue {
     for (Load& load : under_way_) {
       if (load.id != id) continue;
       load.awaited = awaited;
+      load.joined = true;
       return true;
     }
     return false;
@@ -188,11 +190,13 @@ class TransferQueue {
     if (load.prefetched && error) {
       ++stats_.failed_prefetches;
       prefetches_.give_up(load.id);
-      // Somebody came to wait for it: it is tried once more, as a demand.
-      if (is_waited_for(load)) demands_.push_front({load.id, load.awaited});
-    } else if (is_waited_for(load)) {
-      load.awaited->error = error;
     }
+    if (!is_waited_for(load)) return;
+    // What was begun for another purpose, or another call, is tried once more for this one.
+    if (load.joined && error)
+      demands_.push_front({load.id, load.awaited});
+    else
+      load.awaited->error = error;
   }
   // Pins the expert, if it is resident, for the call that waits for it.
   bool hand_over(ExpertId id, Awaited& awaited) {
