@@ -213,6 +213,17 @@ CudaBackend::Stream CudaBackend::make_stream() {
   return stream;
 }
 
+CudaBackend::Stream CudaBackend::make_urgent_stream() {
+  const DeviceScope scope(device_);
+  int least = 0, greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "ask for the priorities of streams");
+  cudaStream_t handle = nullptr;
+  check(cudaStreamCreateWithPriority(&handle, cudaStreamNonBlocking, greatest), "make a stream");
+  Stream stream;
+  stream.handle_.reset(handle);
+  return stream;
+}
+
 CudaBackend::Event CudaBackend::make_event() {
   const DeviceScope scope(device_);
   cudaEvent_t handle = nullptr;

@@ -68,11 +68,13 @@ namespace sida {
 template <>
 class SlabLoader<test::DelayedBackend> {
  public:
+  static constexpr bool splits_awaited = SlabLoader<CpuBackend>::splits_awaited;
+
   explicit SlabLoader(test::DelayedBackend& backend) noexcept : loader_(backend) {}
   void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
-            const CpuBackend::Fence& readers) const {
+            const CpuBackend::Fence& readers, bool is_awaited) const {
     test::Delays::here();
-    loader_.load(store, id, offset, bytes, slab, readers);
+    loader_.load(store, id, offset, bytes, slab, readers, is_awaited);
     test::Delays::here();
   }
 

@@ -98,6 +98,8 @@ class CudaBackend {
   // What follows throws CudaError, also for what went wrong in earlier work on the stream.
 
   Stream make_stream();
+  /// Work on it goes before what other streams have waiting.
+  Stream make_urgent_stream();
   Event make_event();
   /// Between any two of host and device. From or to memory that is not pinned it may wait.
   void copy_async(void* to, const void* from, std::size_t bytes, Stream& stream);

@@ -84,10 +84,13 @@ class Transfers {
     while (done < cache_.slot_bytes() && !error && !stopping_) {
       if (!load.awaited) serve_demands(lock, lane);
       if (stopping_) break;
-      const std::size_t chunk = std::min(chunk_bytes_, cache_.slot_bytes() - done);
+      const bool is_awaited = load.awaited != nullptr;
+      const std::size_t rest = cache_.slot_bytes() - done;
+      const bool is_split = !is_awaited || SlabLoader<B>::splits_awaited;
+      const std::size_t chunk = is_split ? std::min(chunk_bytes_, rest) : rest;
       lock.unlock();
       try {
-        loader_.load(cache_.store(), id, done, chunk, slab, load.slot.readers());
+        loader_.load(cache_.store(), id, done, chunk, slab, load.slot.readers(), is_awaited);
         done += chunk;
       } catch (...) {
         error = std::current_exception();

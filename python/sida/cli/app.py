@@ -10,6 +10,7 @@ import typer
 
 import sida
 from sida.cli.demo import demo
+from sida.cli.doctor import doctor
 from sida.cli.inspect import inspect
 from sida.cli.predictor import evaluate, train_predictor
 from sida.cli.replay import replay
@@ -52,6 +53,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "sida inspect models/wordnet-switch-32 --memory 20% --dtype f32",
     ),
     demo: ("sida demo", "sida demo --memory 10% --plot demo.png"),
+    doctor: ("sida doctor", "sida doctor --json"),
     train_predictor: (
         "sida train-predictor MODEL texts.txt predictor.safetensors",
         "sida train-predictor MODEL texts.jsonl out.safetensors --kind transformer",
