@@ -33,7 +33,7 @@ TOKENS = {
     "qwen3-30b": (1, 64, 1024, 4096, 16384),
     "mixtral": (1, 64, 1024, 16384),
 }
-KERNELS = ("tuned", "narrow", "wide", "grouped", "hopper", "dot", "tiled", "general")
+KERNELS = tuple("tuned narrow wide grouped hopper dot tiled general".split())
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu_clamped")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 READ_PER_US, FLOPS_PER_US = 4.49e6, 784e6  # of one H200; floors of other GPUs are not given

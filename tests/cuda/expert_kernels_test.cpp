@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "cuda/device.hpp"
@@ -87,9 +88,13 @@ class GpuLayer {
     arena_.fill(arena);
   }
 
+  /// Has later calls use an activation that MoeConfig has no name for.
+  void activate(cuda::Act activation) { activation_ = activation; }
+
   /// Calls with the experts divided over `waves` calls of compute_experts().
   Tensor run(const Input& input, std::int32_t waves = 1) {
-    const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
+    cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
+    if (activation_) shape.activation = *activation_;
     DeviceBuffer hidden, ids, weights, plan_memory, workspace, out, slots;
     hidden.fill(input.hidden.bytes);
     ids.fill(input.ids.bytes);
@@ -185,6 +190,7 @@ class GpuLayer {
   MoeConfig config_;
   SlabLayout layout_;
   cuda::Kernel kernel_;
+  std::optional<cuda::Act> activation_;
   std::int32_t slots_;
   DeviceBuffer arena_;
   std::int32_t invalid_ = 0;
@@ -291,6 +297,44 @@ TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
                                      c.activation, c.biases);
   CAPTURE(static_cast<int>(kernel), name_of(dtype), tokens, c.experts, c.hidden, c.intermediate);
   CHECK(error_of(config, random_input(config, tokens, 17), kernel) < tolerance(dtype));
+}
+
+TEST_CASE("gpt-oss's clamped swiglu is its definition, past the limit too") {
+  if (!gpu_found()) return;
+  const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
+  const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::grouped, cuda::Kernel::hopper,
+                               cuda::Kernel::tiled, cuda::Kernel::general);
+  const MoeConfig config = config_of(dtype, 1, 1, 64, 72, true, Activation::silu, true);
+  Input input = random_input(config, 90, 41);
+  for (std::int64_t i = 0; i < input.hidden.elements(); ++i)
+    input.hidden.set(i, 16 * input.hidden.at(i));
+  const auto slabs = random_slabs(config, 6);
+  const SlabLayout layout(config);
+  const auto part = [&](std::size_t offset, Eigen::Index rows, Eigen::Index columns) {
+    return matrix(slabs[0].data() + offset, dtype, rows, columns);
+  };
+  Matrix expected(90, 64);
+  int limited = 0;
+  for (Eigen::Index t = 0; t < 90; ++t) {
+    const Vector x = matrix(input.hidden.bytes.data(), dtype, 90, 64).row(t);
+    const Vector up =
+        part(layout.up_offset, 144, 64) * x + Vector(part(layout.up_bias_offset, 144, 1));
+    Vector h(72);
+    for (Eigen::Index i = 0; i < 72; ++i) {
+      const double gate = std::min(up[i], 7.0), beside = std::clamp(up[72 + i], -7.0, 7.0);
+      limited += gate != up[i] && beside != up[72 + i];
+      h[i] = (beside + 1) * gate / (1 + std::exp(-1.702 * gate));
+    }
+    expected.row(t) = input.weights.at(t) * (part(layout.down_offset, 64, 72) * h +
+                                             Vector(part(layout.down_bias_offset, 64, 1)))
+                                                .transpose();
+  }
+  REQUIRE(limited > 0);
+  GpuLayer layer(config, slabs, kernel);
+  layer.activate(cuda::Act::swiglu_clamped);
+  const Tensor out = layer.run(input);
+  CAPTURE(name_of(dtype), static_cast<int>(kernel));
+  CHECK(relative_error(matrix(out.bytes.data(), dtype, 90, 64), expected) < tolerance(dtype));
 }
 
 TEST_CASE("all tokens may go to one expert, and a token to one expert twice") {

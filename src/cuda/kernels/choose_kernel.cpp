@@ -30,7 +30,7 @@ constexpr Entry other_table[] = {{8, 0, Kernel::narrow},
                                  {0, 4, Kernel::narrow},
                                  {0, 16, Kernel::wide},
                                  {0, any, Kernel::grouped}};
-constexpr Entry full_table[] = {{0, 8, Kernel::dot}, {0, any, Kernel::tiled}};
+constexpr Entry full_table[] = {{0, 32, Kernel::dot}, {0, any, Kernel::tiled}};
 
 bool takes(const LayerShape& shape, Kernel kernel) {
   switch (kernel) {
