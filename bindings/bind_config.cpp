@@ -32,7 +32,7 @@ void bind_config(py::module_& module) {
            py::arg("intermediate_size"), py::arg("top_k") = 1, py::arg("activation") = "relu",
            py::arg("gated") = false, py::arg("up_bias") = false, py::arg("down_bias") = false,
            py::arg("dtype") = "f32",
-           "activation: relu, gelu, gelu_tanh, silu; dtype: f32, f16, bf16.\n\n"
+           "activation: relu, gelu, gelu_tanh, silu, swiglu_clamped; dtype: f32, f16, bf16.\n\n"
            "Raises:\n    ValueError: A value that cannot be right, by name.")
       .def_readonly("layers", &MoeConfig::layers, "MoE layers of the model.")
       .def_readonly("experts", &MoeConfig::experts, "Experts in each layer.")
@@ -42,7 +42,7 @@ void bind_config(py::module_& module) {
       .def_property_readonly(
           "activation",
           [](const MoeConfig& config) { return std::string(name_of(config.activation)); },
-          "relu, gelu (exact), gelu_tanh or silu.")
+          "relu, gelu (exact), gelu_tanh, silu or swiglu_clamped (gated only).")
       .def_readonly("gated", &MoeConfig::gated, "Whether an activated gate multiplies up.")
       .def_readonly("up_bias", &MoeConfig::up_bias, "Whether up (and gate) have biases.")
       .def_readonly("down_bias", &MoeConfig::down_bias, "Whether down has a bias.")

@@ -25,11 +25,13 @@ namespace {
 
 Store open_store(const std::filesystem::path& path,
                  const std::optional<std::vector<std::string>>& layers,
-                 const std::optional<std::string>& dtype, const std::optional<MoeConfig>& config) {
+                 const std::optional<std::string>& dtype, const std::optional<MoeConfig>& config,
+                 bool interleaved) {
   ExpertSearch search;
   if (layers) search.layers = *layers;
   if (dtype) search.dtype = parse_data_type(*dtype);
   search.config = config;
+  search.interleaved = interleaved;
   const auto checkpoint = Checkpoint::open(path);
   const CheckpointExperts experts = find_experts(*checkpoint, search);
   return {std::make_shared<CheckpointStore>(checkpoint, experts), experts.config,
@@ -149,10 +151,13 @@ void bind_store(py::module_& module) {
   py::class_<Store>(module, "ExpertStore",
                     "The slow tier: every expert of a model, read from files or arrays as it is "
                     "needed. Thread-safe.")
-      .def_static(
-          "open", &open_store, py::arg("path"), py::kw_only(), py::arg("layers") = py::none(),
-          py::arg("dtype") = py::none(), py::arg("config") = py::none(), py::call_guard<Unlocked>(),
-          "The experts of a checkpoint: a safetensors file, or a folder with one or with shards.")
+      .def_static("open", &open_store, py::arg("path"), py::kw_only(),
+                  py::arg("layers") = py::none(), py::arg("dtype") = py::none(),
+                  py::arg("config") = py::none(), py::arg("interleaved") = false,
+                  py::call_guard<Unlocked>(),
+                  "The experts of a checkpoint: a safetensors file, or a folder with one or with "
+                  "shards.\n\n"
+                  "interleaved: gate and up take turns in gate_up_proj.")
       .def_static(
           "from_arrays", &store_of_arrays, py::arg("config"), py::arg("experts"),
           "Experts in arrays: [layer][expert] -> (up, down, up_bias, down_bias), used in place.")

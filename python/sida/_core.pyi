@@ -148,6 +148,7 @@ class ExpertStore:
         layers: Sequence[str] | None = None,
         dtype: str | None = None,
         config: MoeConfig | None = None,
+        interleaved: bool = False,
     ) -> ExpertStore: ...
     @staticmethod
     def from_arrays(config: MoeConfig, experts: Sequence[Sequence[_Expert]]) -> ExpertStore: ...

@@ -126,7 +126,8 @@ class OffloadedExperts(LayerExperts):
             up_proj: [E, I, H]; gated: [E, 2 I, H], the gate's rows first.
             down_proj: [E, H, I].
             gated: Whether an activated gate multiplies the up projection.
-            activation: "relu", "gelu", "gelu_tanh" or "silu".
+            activation: "relu", "gelu", "gelu_tanh", "silu" or "swiglu_clamped"
+                (gated only: as gpt-oss).
             memory: Limit for experts in fast memory: bytes (an int, "2GiB"), a share of all (0.2,
                 "20%"), or a count ("12 experts", "1 expert"). If all fit, they are used in place.
             up_bias: [E, I], gated [E, 2 I], or None.

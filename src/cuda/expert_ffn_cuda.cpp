@@ -42,8 +42,10 @@ cuda::Act kernel_activation(Activation activation) {
       return cuda::Act::gelu_tanh;
     case Activation::silu:
       return cuda::Act::silu;
+    case Activation::swiglu_clamped:
+      return cuda::Act::swiglu_clamped;
   }
-  throw InvalidArgument("activation: expected one of relu, gelu, gelu_tanh, silu");
+  throw InvalidArgument("activation: expected one of relu, gelu, gelu_tanh, silu, swiglu_clamped");
 }
 
 cuda::LayerShape shape_of(const MoeConfig& config) {

@@ -58,6 +58,25 @@ TEST_CASE("A gated activation multiplies, NaN passes through, infinities do what
     }
 }
 
+TEST_CASE("swiglu_clamped cuts gate and up, and lets NaN through", "[activation]") {
+  const float inf = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float gate[16] = {nan, 1, inf, 9, -200, 2, 6.5f, -1},
+              up[16] = {1, nan, 1, -8, 1, inf, 7, 0};
+  const double cut[] = {0, 0, 2, -6, 2, 8, 8, 1};  // of up, plus one
+  for (const Isa isa : machine_isas()) {
+    CAPTURE(name_of(isa));
+    float y[16];
+    detail::f32_kernels(DataType::f32, isa).activate(Activation::swiglu_clamped, gate, up, y, 16);
+    CHECK(std::isnan(y[0]));
+    CHECK(std::isnan(y[1]));
+    CHECK(std::abs(y[4]) < 1e-30f);
+    for (const int i : {2, 3, 5, 6, 7})
+      CHECK(y[i] == Approx(cut[i] * reference_activation(Activation::swiglu_clamped,
+                                                         static_cast<double>(gate[i]))));
+  }
+}
+
 TEST_CASE("bf16 intermediate values are the f32 ones, rounded to the nearest", "[activation]") {
   if (best_isa() < Isa::avx512_bf16) return;
   const auto widened = detail::f32_kernels(DataType::bf16, Isa::avx512_bf16).activate;

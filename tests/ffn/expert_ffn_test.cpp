@@ -41,9 +41,10 @@ constexpr DataType storage_types[] = {DataType::f32, DataType::f16, DataType::bf
 TEST_CASE("Every activation, form, storage type and instruction set agrees with the f64 reference",
           "[expert_ffn]") {
   for (const DataType dtype : storage_types)
-    for (const Activation activation :
-         {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu})
-      for (int form = 0; form < 8; ++form)
+    for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh,
+                                        Activation::silu, Activation::swiglu_clamped})
+      for (int form = activation == Activation::swiglu_clamped; form < 8;
+           form += activation == Activation::swiglu_clamped ? 2 : 1)
         for (const Isa isa : machine_isas()) {
           MoeConfig config = make_config(77, 101, 5, 2, dtype);
           config.activation = activation;

@@ -114,16 +114,24 @@ class ToyCheckpoint {
   }
 
   /// All experts of a layer in one tensor a matrix.
-  void add_stacked(int layer, const std::string& prefix, bool transposed) {
+  /// With `interleaved`, gate and up take turns.
+  void add_stacked(int layer, const std::string& prefix, bool transposed,
+                   bool interleaved = false) {
     const ToyModel& m = model;
     const std::string up = prefix + ".experts." + (m.gated ? "gate_up_proj" : "up_proj");
     const std::string down = prefix + ".experts.down_proj";
+    const auto row_at = [&](ToyModel::Part part, int place) {
+      const bool turns = interleaved && (part == ToyModel::up || part == ToyModel::up_bias);
+      return turns ? place / 2 + place % 2 * m.intermediate : place;
+    };
     const auto add = [&](const std::string& name, ToyModel::Part part) {
       const int rows = m.rows(part), columns = m.columns(part);
       if (transposed) {
         matrix(
             name, columns, rows,
-            [&](int r, int c) { return m.value(layer, r / columns, part, c, r % columns); },
+            [&](int r, int c) {
+              return m.value(layer, r / columns, part, row_at(part, c), r % columns);
+            },
             m.experts);
       } else {
         matrix(
@@ -134,8 +142,9 @@ class ToyCheckpoint {
     add(up, ToyModel::up);
     add(down, ToyModel::down);
     if (!m.bias) return;
-    matrix(up + "_bias", m.experts, m.up_rows(),
-           [&](int e, int i) { return m.value(layer, e, ToyModel::up_bias, 0, i); });
+    matrix(up + "_bias", m.experts, m.up_rows(), [&](int e, int i) {
+      return m.value(layer, e, ToyModel::up_bias, 0, row_at(ToyModel::up_bias, i));
+    });
     matrix(down + "_bias", m.experts, m.hidden,
            [&](int e, int i) { return m.value(layer, e, ToyModel::down_bias, 0, i); });
   }

@@ -35,6 +35,8 @@ inline double reference_activation(Activation activation, double x) {
       return x * 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::silu:
       return x / (1 + std::exp(-x));
+    case Activation::swiglu_clamped:
+      return std::min(x, 7.0) / (1 + std::exp(-1.702 * std::min(x, 7.0)));
   }
   return x;
 }
@@ -53,7 +55,10 @@ inline Vector reference_expert(const MoeConfig& config, const std::vector<std::b
   Vector h = up.head(intermediate).unaryExpr([&](double value) {
     return reference_activation(config.activation, value);
   });
-  if (config.gated) h = h.cwiseProduct(up.tail(intermediate));
+  Vector factors = up.tail(intermediate);
+  if (config.activation == Activation::swiglu_clamped)
+    factors = factors.unaryExpr([](double value) { return std::clamp(value, -7.0, 7.0) + 1; });
+  if (config.gated) h = h.cwiseProduct(factors);
   Vector out = part(layout.down_offset, hidden, intermediate) * h;
   if (config.down_bias) out += part(layout.down_bias_offset, hidden, 1);
   return out;

@@ -11,8 +11,9 @@
 namespace sida {
 
 /// What stands between the two matrices of an expert. `gelu` is the exact one (erf), `gelu_tanh`
-/// its tanh approximation.
-enum class Activation : std::uint8_t { relu, gelu, gelu_tanh, silu };
+/// its tanh approximation. `swiglu_clamped` goes with `gated` alone: gate' = min(gate, 7),
+/// up' = up cut to [-7, 7], and gate' · sigmoid(1.702 gate') · (up' + 1).
+enum class Activation : std::uint8_t { relu, gelu, gelu_tanh, silu, swiglu_clamped };
 
 constexpr std::string_view name_of(Activation activation) noexcept {
   switch (activation) {
@@ -24,18 +25,21 @@ constexpr std::string_view name_of(Activation activation) noexcept {
       return "gelu_tanh";
     case Activation::silu:
       return "silu";
+    case Activation::swiglu_clamped:
+      return "swiglu_clamped";
   }
   return "?";
 }
 
 /// The inverse of name_of. @throws InvalidArgument for any other name.
 inline Activation parse_activation(std::string_view name) {
-  for (const Activation activation :
-       {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh,
+                                      Activation::silu, Activation::swiglu_clamped}) {
     if (name_of(activation) == name) return activation;
   }
-  throw InvalidArgument("expected an activation among relu, gelu, gelu_tanh, silu; got '" +
-                        std::string(name) + "'");
+  throw InvalidArgument(
+      "expected an activation among relu, gelu, gelu_tanh, silu, swiglu_clamped; got '" +
+      std::string(name) + "'");
 }
 
 /// The shape that all experts of a model share. An expert computes
@@ -72,6 +76,8 @@ inline void validate(const MoeConfig& config) {
   SIDA_EXPECTS(config.top_k <= config.experts, "MoeConfig: expected top_k <= experts (" +
                                                    std::to_string(config.experts) + "), got " +
                                                    std::to_string(config.top_k));
+  SIDA_EXPECTS(config.gated || config.activation != Activation::swiglu_clamped,
+               "MoeConfig: expected gated experts with swiglu_clamped, which cuts gate and up");
   SIDA_EXPECTS(
       config.dtype == DataType::f32 || config.dtype == DataType::f16 ||
           config.dtype == DataType::bf16 || config.dtype == DataType::f64,

@@ -34,6 +34,9 @@ struct ExpertSearch {
   /// The shape that the tensors must have. Its activation, top_k and dtype are taken over.
   std::optional<MoeConfig> config = {};
   std::optional<DataType> dtype = {};  ///< of the slabs; empty: config's, or else the tensors' own
+  /// Whether gate and up take turns in `gate_up_proj`; where config.json names a model in which
+  /// they do, they are read so in any case.
+  bool interleaved = false;
 };
 
 /// @cond
@@ -82,6 +85,12 @@ inline void take_model_config(const std::optional<ModelConfig>& model, bool is_s
     return InvalidArgument(model->path + ": expected " + key +
                            ", found none; pass a MoeConfig to say what it is");
   };
+  if (model->model_type == "gpt_oss" || model->model_type == "openai_privacy_filter") {
+    config.activation = Activation::swiglu_clamped;  // whatever hidden_act says
+    if (!model->top_k) throw missing("num_experts_per_tok");
+    config.top_k = *model->top_k;
+    return;
+  }
   if (!model->activation) throw missing("hidden_act");
   const auto activation = transformers_activation(*model->activation);
   if (!activation)
@@ -141,16 +150,13 @@ inline DataType common_type(const std::vector<std::vector<ExpertTensor>>& expert
 inline CheckpointExperts find_experts(const Checkpoint& checkpoint,
                                       const ExpertSearch& search = {}) {
   const std::optional<ModelConfig>& model = checkpoint.model_config();
-  if (model && (model->model_type == "gpt_oss" || model->model_type == "openai_privacy_filter"))
-    throw InvalidArgument(model->path + ": " + model->model_type +
-                          " interleaves gate and up rows and clamps the activation, which sida "
-                          "does not support");
+  const bool interleaved = search.interleaved || (model && model->model_type == "gpt_oss");
   const std::int32_t hidden_size = search.config ? search.config->hidden_size
                                    : model       ? model->hidden_size.value_or(0)
                                                  : 0;
   CheckpointExperts result;
   for (detail::LayerReader& layer : detail::collect_layers(checkpoint, search)) {
-    MoeConfig config = layer.read(hidden_size, search.config.has_value());
+    MoeConfig config = layer.read(hidden_size, search.config.has_value(), interleaved);
     const bool first = result.layer_names.empty();
     config.layers = 1;
     if (first) {

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <system_error>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace sida {
@@ -100,8 +101,29 @@ inline const MatrixName* find_matrix(std::string_view name, bool stacked) {
 }  // namespace detail
 /// @endcond
 
-/// Reads a tensor's name; empty unless it lies under a module called "experts".
+/// @cond
+namespace detail {
+
+/// GraniteMoE's names of stacked experts, which lie under no module "experts".
+inline std::optional<ExpertTensorName> parse_granite_name(std::string_view name) {
+  constexpr std::string_view module = ".block_sparse_moe";
+  for (const auto& [end, matrix] : {std::pair(".input_linear.weight", ExpertMatrix::gate_up),
+                                    std::pair(".output_linear.weight", ExpertMatrix::down)}) {
+    if (!name.ends_with(end)) continue;
+    name.remove_suffix(std::string_view(end).size());
+    if (!name.ends_with(module)) return std::nullopt;
+    return ExpertTensorName{std::string(name), ExpertLayout::stacked, -1, matrix, false};
+  }
+  return std::nullopt;
+}
+
+}  // namespace detail
+/// @endcond
+
+/// Reads a tensor's name; empty unless it lies under a module called "experts" (or is
+/// GraniteMoE's).
 inline std::optional<ExpertTensorName> parse_expert_tensor_name(std::string_view name) {
+  if (auto granite = detail::parse_granite_name(name)) return granite;
   std::vector<std::string_view> parts = detail::split(name, '.');
   const auto module = std::find(parts.rbegin(), parts.rend(), "experts").base();  // one behind it
   if (module == parts.begin() || module == parts.end()) return std::nullopt;

@@ -21,7 +21,8 @@
 namespace sida {
 
 /// Where a part of one expert lies in a checkpoint. A matrix [rows, columns], row-major, or, where
-/// `transposed`, stored as `columns` rows of `stride` elements, of which it takes the first `rows`.
+/// `transposed`, stored as `columns` rows of `stride` elements, of which it takes `rows`, every
+/// `step`-th one.
 struct ExpertTensor {
   enum class Part : std::uint8_t { up, down, up_bias, down_bias };  ///< of the slab
 
@@ -31,6 +32,7 @@ struct ExpertTensor {
   std::int64_t columns = 0;
   bool transposed = false;
   std::int64_t stride = 0;
+  std::int64_t step = 1;
   DataType type = DataType::f32;
   const SafetensorsFile* file = nullptr;
   std::uint64_t begin = 0;  ///< of its first element in the file
@@ -58,7 +60,8 @@ class LayerReader {
   /// Shape of this layer; fields of the whole model (layers, activation, top_k) are left alone.
   /// `hidden_size` (0: not known) tells transposed tensors apart where their own shapes do not;
   /// with `assume_plain` those that it does not tell are taken to be untransposed.
-  MoeConfig read(std::int32_t hidden_size, bool assume_plain) {
+  /// With `interleaved`, gate and up take turns in `gate_up_proj`.
+  MoeConfig read(std::int32_t hidden_size, bool assume_plain, bool interleaved = false) {
     if (!unknown_.empty() || !layout_)
       throw InvalidArgument(
           in_quotes(unknown_) + ": expected an expert's tensor: experts.expert_0.wi.weight, " +
@@ -69,14 +72,17 @@ class LayerReader {
     gated_ = has(first, stacked ? ExpertMatrix::gate_up : ExpertMatrix::gate);
     up_bias_ = has(first, up_matrix(), true);
     down_bias_ = has(first, ExpertMatrix::down, true);
+    if (interleaved && !(stacked && gated_))
+      fail("expected experts.gate_up_proj, in which gate and up take turns, found none");
     if (stacked) {
-      read_stacked(hidden_size, assume_plain);
+      read_stacked(hidden_size, assume_plain, interleaved);
     } else {
       read_separate();
     }
     MoeConfig config;
     config.experts = narrow(static_cast<std::int64_t>(parts_.size()), "experts");
-    if (tensors_.size() != parts_[0].size() * (stacked ? 1 : parts_.size()))
+    const std::size_t halves = interleaved ? 1 + std::size_t{up_bias_} : 0;  // of one tensor
+    if (tensors_.size() != (parts_[0].size() - halves) * (stacked ? 1 : parts_.size()))
       fail("expected the same tensors of every expert, found others beside them");
     config.hidden_size = narrow(hidden_, "hidden_size");
     config.intermediate_size = narrow(intermediate_, "intermediate_size");
@@ -88,7 +94,8 @@ class LayerReader {
 
   const std::string& name() const noexcept { return name_; }
   std::string layout() const {
-    return std::string(name_of(*layout_)) + (transposed_ ? ", transposed" : "");
+    return std::string(name_of(*layout_)) + (transposed_ ? ", transposed" : "") +
+           (interleaved_ ? ", interleaved" : "");
   }
   std::vector<std::vector<ExpertTensor>>& parts() noexcept { return parts_; }
 
@@ -162,6 +169,7 @@ class LayerReader {
               columns,
               transposed,
               transposed ? rows : columns,
+              1,
               type,
               named.tensor.file,
               tensor.begin + offset};
@@ -199,7 +207,7 @@ class LayerReader {
     }
   }
 
-  void read_stacked(std::int32_t hidden_size, bool assume_plain) {
+  void read_stacked(std::int32_t hidden_size, bool assume_plain, bool interleaved) {
     const Named& up = get(-1, up_matrix());
     const Named& down = get(-1, ExpertMatrix::down);
     expect_dimensions(up, 3);
@@ -218,13 +226,33 @@ class LayerReader {
     const Named* down_bias = down_bias_ ? &get(-1, ExpertMatrix::down, true) : nullptr;
     if (up_bias) expect_shape(*up_bias, {experts, up_rows});
     if (down_bias) expect_shape(*down_bias, {experts, hidden_});
+    if (interleaved && !transposed_)
+      fail("expected gate and up that take turns in a transposed tensor, [E, H, 2I]");
+    interleaved_ = interleaved;
     for (std::int64_t e = 0; e < experts; ++e) {
       std::vector<ExpertTensor>& parts = parts_.emplace_back();
-      parts.push_back(piece(up, Part::up, 0, up_rows, hidden_, e, transposed_));
+      const auto add_up = [&](const Named& named, Part part, std::int64_t columns,
+                              bool transposed) {
+        const ExpertTensor whole = piece(named, part, 0, up_rows, columns, e, transposed);
+        if (!interleaved) return parts.push_back(whole);
+        parts.push_back(every_second(whole, 0));
+        parts.push_back(every_second(whole, 1));
+      };
+      add_up(up, Part::up, hidden_, transposed_);
       parts.push_back(piece(down, Part::down, 0, hidden_, intermediate_, e, transposed_));
-      if (up_bias) parts.push_back(piece(*up_bias, Part::up_bias, 0, 1, up_rows, e));
+      if (up_bias) add_up(*up_bias, Part::up_bias, 1, interleaved);
       if (down_bias) parts.push_back(piece(*down_bias, Part::down_bias, 0, 1, hidden_, e));
     }
+  }
+
+  /// The gate's rows (`place` 0) or those of up (1) of a transposed tensor in which they take
+  /// turns.
+  static ExpertTensor every_second(ExpertTensor tensor, std::int64_t place) {
+    tensor.rows /= 2;
+    tensor.first = place * tensor.rows * tensor.columns;
+    tensor.begin += static_cast<std::uint64_t>(place) * size_of(tensor.type);
+    tensor.step = 2;
+    return tensor;
   }
 
   /// Gated tensors tell by themselves, since the up matrix is twice the down matrix; others are
@@ -254,7 +282,8 @@ class LayerReader {
   std::optional<ExpertLayout> layout_;
   std::set<std::int64_t> experts_;
   std::map<std::tuple<std::int64_t, ExpertMatrix, bool>, Named> tensors_;
-  bool gated_ = false, up_bias_ = false, down_bias_ = false, transposed_ = false;
+  bool gated_ = false, up_bias_ = false, down_bias_ = false, transposed_ = false,
+       interleaved_ = false;
   std::int64_t hidden_ = 0, intermediate_ = 0;
   std::vector<std::vector<ExpertTensor>> parts_;
 };

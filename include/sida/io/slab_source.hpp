@@ -67,14 +67,16 @@ To convert_element(From value) noexcept {
   }
 }
 
-/// to[r * to_stride + c] = from[c * rows + r], converted. Neither needs to be aligned.
+/// to[r * to_stride + c] = from[c * from_stride + r * step], converted. Neither needs to be
+/// aligned.
 template <class To, class From>
 void convert_block(const std::byte* from, std::byte* to, std::int64_t rows, std::int64_t columns,
-                   std::int64_t to_stride) noexcept {
+                   std::int64_t to_stride, std::int64_t from_stride, std::int64_t step) noexcept {
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t c = 0; c < columns; ++c) {
       From value;
-      std::memcpy(&value, from + static_cast<std::size_t>(c * rows + r) * sizeof(From),
+      std::memcpy(&value,
+                  from + static_cast<std::size_t>(c * from_stride + r * step) * sizeof(From),
                   sizeof(From));
       const To converted = convert_element<To>(value);
       std::memcpy(to + static_cast<std::size_t>(r * to_stride + c) * sizeof(To), &converted,
@@ -162,8 +164,8 @@ class ConvertingReader {
                     std::int64_t column, std::int64_t columns, std::byte* to) {
     const std::size_t from_size = size_of(tensor.type);
     const auto capacity = static_cast<std::int64_t>(buffer_bytes_ / from_size);
-    const std::int64_t block_rows = std::min(rows, capacity);
-    const std::int64_t block_columns = std::min(columns, capacity / block_rows);
+    const std::int64_t block_rows = std::min(rows, capacity / tensor.step);
+    const std::int64_t block_columns = std::min(columns, capacity / (block_rows * tensor.step));
     for (std::int64_t r = 0; r < rows; r += block_rows) {
       const std::int64_t height = std::min(block_rows, rows - r);
       for (std::int64_t c = 0; c < columns; c += block_columns) {
@@ -175,11 +177,17 @@ class ConvertingReader {
         detail::with_element_type(type_, [&](auto target) {
           detail::with_element_type(tensor.type, [&](auto source) {
             detail::convert_block<decltype(target), decltype(source)>(
-                buffer_.get(), corner, flat ? 1 : height, flat ? height : width, columns);
+                buffer_.get(), corner, flat ? 1 : height, flat ? height : width, columns,
+                flat ? tensor.step : extent(tensor, height), tensor.step);
           });
         });
       }
     }
+  }
+
+  /// Elements from the first to the last of `rows` rows of a column.
+  static std::int64_t extent(const ExpertTensor& tensor, std::int64_t rows) noexcept {
+    return (rows - 1) * tensor.step + 1;
   }
 
   void fill_buffer(const ExpertTensor& tensor, std::int64_t row, std::int64_t rows,
@@ -189,13 +197,15 @@ class ConvertingReader {
       return static_cast<std::size_t>(elements) * from_size;
     };
     const std::int64_t stride = tensor.transposed ? tensor.stride : 0;
-    const std::uint64_t begin = tensor.begin + bytes(column * stride + row);
-    if (rows == stride) {  // the columns follow each other without a gap
-      tensor.file->read(begin, {buffer_.get(), bytes(rows * columns)});
+    const std::uint64_t begin = tensor.begin + bytes(column * stride + row * tensor.step);
+    const std::int64_t length = extent(tensor, rows);
+    if (length == stride) {  // the columns follow each other without a gap
+      tensor.file->read(begin, {buffer_.get(), bytes(length * columns)});
       return;
     }
     for (std::int64_t c = 0; c < columns; ++c)
-      tensor.file->read(begin + bytes(c * stride), {buffer_.get() + bytes(c * rows), bytes(rows)});
+      tensor.file->read(begin + bytes(c * stride),
+                        {buffer_.get() + bytes(c * length), bytes(length)});
   }
 
   DataType type_;

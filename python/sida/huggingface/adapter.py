@@ -20,21 +20,32 @@ ComputePredicted = Callable[[Tensor], Tensor]
 """Hidden states [T, H] to [T, H], routed by the hash table of the pass."""
 
 
+ExpertArrays = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Up and down projection and their biases of one expert, as `sida.OffloadedExperts` has them."""
+
+
 @dataclass(frozen=True)
-class ExpertLinear:
-    """One matrix of one expert, and where the model keeps it."""
+class ExpertParameter:
+    """A parameter that holds weights of experts, and where the model keeps it."""
 
     module: nn.Module
-    """The module that owns the parameter `weight`."""
+    """The module that owns it."""
+    name: str
+    """Its name there."""
     key: str
-    """The parameter's name below its MoE layer, as checkpoints spell it."""
+    """Its name below its MoE layer, as checkpoints spell it."""
 
     @property
     def weight(self) -> Tensor:
         """The parameter as it is now."""
-        weight = self.module.weight
+        weight = getattr(self.module, self.name)
         assert isinstance(weight, Tensor)
         return weight
+
+    def replace(self, weight: Tensor) -> None:
+        """Put other weights in the parameter's place; it asks for gradients as before."""
+        gradients = self.weight.requires_grad
+        setattr(self.module, self.name, nn.Parameter(weight, requires_grad=gradients))
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class ExpertAdapter(MoeAdapter, Protocol):
     Whatever `install` changed, `remove` puts back; neither copies weights.
     """
 
+    interleaved: bool
+    """Whether gate and up take turns in the parameters."""
+
     def stacks(self) -> list[Stack]:
         """Return the model's stacks with MoE layers, in the order in which they run."""
 
@@ -63,12 +77,15 @@ class ExpertAdapter(MoeAdapter, Protocol):
     def has_experts(self) -> bool:
         """Whether the model holds its experts itself, and no handle has taken them."""
 
-    def experts(self, layer: int) -> list[tuple[ExpertLinear, ExpertLinear]]:
-        """Return up and down projection of every expert of a layer.
+    def parameters(self, layer: int) -> list[ExpertParameter]:
+        """Return the parameters of a layer's experts, as many in every layer.
 
         Raises:
             ValueError: The experts are not the family's own modules, as with LoRA on experts.
         """
+
+    def arrays(self, layer: int) -> list[ExpertArrays] | None:
+        """Return every expert of a layer without copying it; None where its layout forbids that."""
 
     def install(
         self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
@@ -92,12 +109,14 @@ def find_adapter(model: nn.Module) -> ExpertAdapter:
         ValueError: sida knows no MoE layer of the model; the message lists what was looked for and
             what the model has.
     """
-    from sida.huggingface import switch
+    from sida.huggingface import interface, switch
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module, got {type(model).__name__}")
     if any(isinstance(module, switch.SPARSE_LAYERS) for module in model.modules()):
         return switch.SwitchAdapter(model)
+    if any(interface.is_experts(module) for module in model.modules()):
+        return interface.InterfaceAdapter(model)
     hints = ("expert", "moe", "router", "sparse")
     found = sorted(
         {
@@ -108,7 +127,8 @@ def find_adapter(model: nn.Module) -> ExpertAdapter:
     )
     raise ValueError(
         f"{type(model).__name__} has no MoE layer that sida knows: looked for "
-        f"SwitchTransformersSparseMLP (Switch Transformers), found "
+        "SwitchTransformersSparseMLP (Switch Transformers) and modules of transformers' experts "
+        f"interface ({', '.join(interface.ATTRIBUTES)}), found "
         f"{', '.join(found) if found else 'no module that looks like one'}. "
         "For a MoE module of your own there is sida.OffloadedExperts"
     )

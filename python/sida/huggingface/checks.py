@@ -100,15 +100,14 @@ def experts_dtype(adapter: ExpertAdapter) -> str:
         )
     found: dict[torch.dtype, str] = {}
     for layer, name in enumerate(adapter.layer_names):
-        for pair in adapter.experts(layer):
-            for linear in pair:
-                weight = linear.weight
-                if weight.is_meta:
-                    raise ValueError(
-                        f"{name}.{linear.key} has no memory (it is on device meta): load the "
-                        "model's weights first, or let sida.from_pretrained load them"
-                    )
-                found.setdefault(weight.dtype, f"{name}.{linear.key}")
+        for parameter in adapter.parameters(layer):
+            weight = parameter.weight
+            if weight.is_meta:
+                raise ValueError(
+                    f"{name}.{parameter.key} has no memory (it is on device meta): load the "
+                    "model's weights first, or let sida.from_pretrained load them"
+                )
+            found.setdefault(weight.dtype, f"{name}.{parameter.key}")
     if len(found) > 1:
         raise ValueError(
             "expected all experts in one dtype, got "

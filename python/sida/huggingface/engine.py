@@ -78,14 +78,15 @@ class ModelExperts:
         """Whether all experts fit the budget; not on a GPU, where all have slots."""
         if self._place.device != "cpu" or self._moved is not None:
             return False
-        return self._in_place(memory, policy).in_place
+        cache = self._in_place(memory, policy)
+        return cache is not None and cache.in_place
 
     def open(self, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache over the model's arrays if all fit, else over where they are moved."""
         if self._moved is None:
             if self._place.device == "cpu":
                 cache = self._in_place(memory, policy)
-                if cache.in_place:
+                if cache is not None and cache.in_place:
                     return cache
                 del cache  # it holds on to the arrays that are to go
             self._moved = self._move()
@@ -94,7 +95,10 @@ class ModelExperts:
                 store = self._moved.store
             else:
                 store = ExpertStore.open(
-                    self._moved.path, layers=self._adapter.layer_names, config=self._config
+                    self._moved.path,
+                    layers=self._adapter.layer_names,
+                    config=self._config,
+                    interleaved=self._adapter.interleaved,
                 )
             return self._place.cache(store, memory, policy)
         except BaseException:
@@ -108,19 +112,22 @@ class ModelExperts:
             self._moved = None
 
     def _move(self) -> ExpertFile | PinnedExperts:
-        """Take the experts: into pinned memory for a GPU, to a file if not all may be pinned."""
-        if self._place.device != "cpu" and self._place.host_memory is None:
+        """Take the experts to pinned memory for a GPU, or to a file.
+
+        The file is for the CPU, for bounded pinned memory, and for weights that are transposed.
+        """
+        all_pinned = self._place.device != "cpu" and self._place.host_memory is None
+        if all_pinned and self._adapter.arrays(0) is not None:
             return PinnedExperts(self._adapter, self._config, self._place.device)
         return ExpertFile(self._adapter, self._folder)
 
-    def _in_place(self, memory: Memory, policy: str) -> ExpertCache:
-        experts = [
-            [
-                (up.weight.detach().contiguous(), down.weight.detach().contiguous(), None, None)
-                for up, down in self._adapter.experts(layer)
-            ]
-            for layer in range(len(self._adapter.layer_names))
-        ]
+    def _in_place(self, memory: Memory, policy: str) -> ExpertCache | None:
+        experts = []
+        for layer in range(len(self._adapter.layer_names)):
+            arrays = self._adapter.arrays(layer)
+            if arrays is None:
+                return None
+            experts.append(arrays)
         return ExpertCache(ExpertStore.from_arrays(self._config, experts), memory, policy=policy)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sida.huggingface.adapter import ExpertAdapter, ExpertLinear
+from sida.huggingface.adapter import ExpertAdapter, ExpertParameter
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """As safetensors calls them."""
@@ -25,12 +25,11 @@ HEADER_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class _Saved:
-    linear: ExpertLinear
+    parameter: ExpertParameter
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    requires_grad: bool
     begin: int
     end: int
 
@@ -82,7 +81,7 @@ class ExpertFile:
         """Put equal weights back into the modules, and remove the file."""
         for saved in self._saved[: self._moved]:
             weight = _read(self._file, self._begin + saved.begin, saved).to(saved.device)
-            saved.linear.module.weight = nn.Parameter(weight, requires_grad=saved.requires_grad)
+            saved.parameter.replace(weight)
         self._discard()
 
     def _write(self, layers: int) -> None:
@@ -102,34 +101,32 @@ class ExpertFile:
         for layer in range(layers):
             here = self._saved[layer * each : (layer + 1) * each]
             for saved in here:
-                weight = saved.linear.weight.detach().to("cpu").contiguous()
+                weight = saved.parameter.weight.detach().to("cpu").contiguous()
                 _write(self._file, weight.view(torch.uint8).numpy().data)
             for saved in here:
                 empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
-                saved.linear.module.weight = nn.Parameter(empty, requires_grad=saved.requires_grad)
+                saved.parameter.replace(empty)
                 self._moved += 1
 
 
 def _plan(adapter: ExpertAdapter) -> list[_Saved]:
     saved, begin = [], 0
     for layer, name in enumerate(adapter.layer_names):
-        for pair in adapter.experts(layer):
-            for linear in pair:
-                weight = linear.weight
-                end = begin + weight.numel() * weight.element_size()
-                saved.append(
-                    _Saved(
-                        linear,
-                        f"{name}.{linear.key}",
-                        tuple(weight.shape),
-                        weight.dtype,
-                        weight.device,
-                        weight.requires_grad,
-                        begin,
-                        end,
-                    )
+        for parameter in adapter.parameters(layer):
+            weight = parameter.weight
+            end = begin + weight.numel() * weight.element_size()
+            saved.append(
+                _Saved(
+                    parameter,
+                    f"{name}.{parameter.key}",
+                    tuple(weight.shape),
+                    weight.dtype,
+                    weight.device,
+                    begin,
+                    end,
                 )
-                begin = end
+            )
+            begin = end
     return saved
 
 

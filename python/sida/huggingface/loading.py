@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from sida._core import ExpertStore
-from sida.huggingface import checks, switch
-from sida.huggingface.adapter import find_adapter
+from sida.huggingface import checks
+from sida.huggingface.adapter import ExpertAdapter, find_adapter
+from sida.huggingface.building import without_experts
 from sida.huggingface.engine import CheckpointExperts, Memory, Place
 from sida.huggingface.handle import Offloaded
 from sida.huggingface.tables import open_tables
@@ -30,6 +34,11 @@ REFUSED = {
     "state_dict": "experts are read from the checkpoint",
     "torch_dtype": "use dtype=",
 }
+
+LAYER_OF_EXPERT = re.compile(
+    r"(.*?)(?:\.experts\.|(?<=\.block_sparse_moe)\.(?:in|out)put_linear\.)"
+)
+"""A tensor of experts in a checkpoint, and what comes before: the name of its layer."""
 
 
 def from_pretrained(
@@ -54,7 +63,8 @@ def from_pretrained(
     never all of them. `handle.model` is the model.
 
     Args:
-        path: A folder with config.json and safetensors files, one or in shards.
+        path: A folder with config.json and safetensors files, one or in shards; or the name of a
+            model of the hub that is in its local cache.
         memory: As in `sida.offload`.
         device: As in `sida.offload`.
         dtype: Of weights and computation: "auto" (the checkpoint's), or a torch dtype or its name.
@@ -83,10 +93,11 @@ def from_pretrained(
     for name, reason in REFUSED.items():
         if hf_kwargs.get(name) is not None:
             raise ValueError(f"from_pretrained does not take {name}=: {reason}")
-    folder = Path(path)
+    folder = _find_folder(path)
     _check_folder(folder)
-    chosen = model_class or _class_of(folder)
-    with switch.without_experts():
+    config = hf_kwargs.get("config") or transformers.AutoConfig.from_pretrained(folder)
+    chosen = model_class or _class_of(config)
+    with without_experts(chosen, config):
         model: nn.Module = chosen.from_pretrained(folder, dtype=dtype, **hf_kwargs)
     adapter = find_adapter(model)
     kind = checks.DTYPES.get(_dtype_of(model))
@@ -94,8 +105,13 @@ def from_pretrained(
         raise ValueError(
             f"expected a model in float32, float16 or bfloat16, got {_dtype_of(model)}: pass dtype="
         )
-    config = adapter.config(kind)
-    store = ExpertStore.open(folder, layers=adapter.layer_names, dtype=kind, config=config)
+    store = ExpertStore.open(
+        folder,
+        layers=_layers_in(folder, adapter),
+        dtype=kind,
+        config=adapter.config(kind),
+        interleaved=adapter.interleaved,
+    )
     return Offloaded(
         model,
         adapter,
@@ -110,12 +126,51 @@ def from_pretrained(
     )
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
+def _find_folder(path: str | os.PathLike[str]) -> Path:
+    """Return a checkpoint's folder: `path`, or where the hub's cache has the model of that name."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(huggingface_hub.snapshot_download(os.fspath(path), local_files_only=True))
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"expected a checkpoint's folder, found none at {folder}; a model of the hub is "
-            "fetched with huggingface_hub.snapshot_download(name), which returns its folder"
-        )
+            f"expected a checkpoint's folder, found none at {folder}, nor a model of that name in "
+            "the hub's cache; huggingface_hub.snapshot_download(name) fetches one"
+        ) from error
+
+
+def _layers_in(folder: Path, adapter: ExpertAdapter) -> list[str]:
+    """Return what the checkpoint calls the model's MoE layers.
+
+    Families rename modules from checkpoint to model, but not the numbers in their names.
+    """
+    found: dict[str, None] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if layer := LAYER_OF_EXPERT.match(name):
+                    found[layer[1]] = None
+    by_numbers: dict[tuple[str, ...], list[str]] = {}
+    for name in found:
+        by_numbers.setdefault(_numbers(name), []).append(name)
+    names = []
+    for name in adapter.layer_names:
+        alike = by_numbers.get(_numbers(name), [])
+        if name not in found and len(alike) != 1:
+            raise ValueError(
+                f"{folder}: expected the experts of the layer {name}, found "
+                f"{', '.join(alike) or 'none'} among {len(found)} layers with experts"
+            )
+        names.append(name if name in found else alike[0])
+    return names
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part.isdigit())
+
+
+def _check_folder(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
     pickled = sorted(file.name for file in folder.glob("*.bin"))
@@ -128,8 +183,7 @@ def _check_folder(folder: Path) -> None:
     raise FileNotFoundError(f"expected *.safetensors files in {folder}, found none")
 
 
-def _class_of(folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
+def _class_of(config: Any) -> Any:
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None:

@@ -3,19 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
 
 from sida._core import ExpertStore, MoeConfig, PinnedLayers
-from sida.huggingface.adapter import ExpertAdapter, ExpertLinear
-
-
-@dataclass(frozen=True)
-class _Moved:
-    linear: ExpertLinear
-    device: torch.device
+from sida.huggingface.adapter import ExpertAdapter
 
 
 class PinnedExperts:
@@ -25,18 +16,20 @@ class PinnedExperts:
         """Move all experts, layer by layer; on any error the model is as before.
 
         Args:
-            adapter: The model.
+            adapter: The model; its layers' `arrays` are experts as they are computed.
             config: The shape of its experts.
             device: The GPU that they are pinned for.
 
         Raises:
             MemoryError: So much memory cannot be pinned.
         """
+        self._adapter = adapter
         self._pinned = PinnedLayers(config, device)
-        self._moved: list[list[tuple[_Moved, _Moved]]] = []
+        self._devices: list[list[torch.device]] = []
+        """Of the parameters of each layer that was moved."""
         try:
             for layer in range(len(adapter.layer_names)):
-                self._move(adapter.experts(layer))
+                self._move(layer)
         except BaseException:
             self.restore()
             raise
@@ -48,29 +41,24 @@ class PinnedExperts:
 
     def restore(self) -> None:
         """Put equal weights back into the modules, each where it was; frees the pinned memory."""
-        for layer, pairs in enumerate(self._moved):
-            weights = [(_empty(up), _empty(down)) for up, down in pairs]
-            self._pinned.give_back(layer, [(up, down, None, None) for up, down in weights])
-            for pair, values in zip(pairs, weights, strict=True):
-                for moved, weight in zip(pair, values, strict=True):
-                    _put(moved.linear, weight)
-        self._moved = []
+        for layer, devices in enumerate(self._devices):
+            self._replace(layer, devices)
+            arrays = self._adapter.arrays(layer)
+            assert arrays is not None
+            self._pinned.give_back(layer, arrays)
+        self._devices = []
 
-    def _move(self, pairs: list[tuple[ExpertLinear, ExpertLinear]]) -> None:
-        weights = [tuple(one.weight.detach().contiguous() for one in pair) for pair in pairs]
-        self._pinned.take([(up, down, None, None) for up, down in weights])
-        self._moved.append(
-            [(_Moved(up, up.weight.device), _Moved(down, down.weight.device)) for up, down in pairs]
-        )
-        for pair in pairs:
-            for linear in pair:
-                _put(linear, torch.empty_like(linear.weight, device="meta"))
+    def _move(self, layer: int) -> None:
+        arrays = self._adapter.arrays(layer)
+        assert arrays is not None
+        self._pinned.take(arrays)
+        devices = [parameter.weight.device for parameter in self._adapter.parameters(layer)]
+        self._devices.append(devices)
+        del arrays  # the parameters' memory is to go
+        self._replace(layer, [torch.device("meta")] * len(devices))
 
-
-def _empty(moved: _Moved) -> Tensor:
-    return torch.empty_like(moved.linear.weight, device=moved.device, requires_grad=False)
-
-
-def _put(linear: ExpertLinear, weight: Tensor) -> None:
-    needs_gradient = linear.weight.requires_grad
-    linear.module.weight = nn.Parameter(weight.detach(), requires_grad=needs_gradient)
+    def _replace(self, layer: int, devices: list[torch.device]) -> None:
+        """Put empty parameters in the place of a layer's, so that theirs can go."""
+        for parameter, device in zip(self._adapter.parameters(layer), devices, strict=True):
+            weight = parameter.weight
+            parameter.replace(torch.empty(weight.shape, dtype=weight.dtype, device=device))

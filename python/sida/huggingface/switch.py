@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,8 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from sida.huggingface.adapter import (
     Compute,
     ComputePredicted,
-    ExpertLinear,
+    ExpertArrays,
+    ExpertParameter,
     Stack,
     integer_tensor,
 )
@@ -90,54 +90,12 @@ class SwitchSparseMlp(nn.Module):
 
 
 SPARSE_LAYERS = (SparseMlp, SwitchSparseMlp)
-EXPERT_KEYS = r"\.mlp\.experts\.expert_\d+\.w[io]\.weight$"
-"""Of a checkpoint; such weights are not loaded into a SwitchSparseMlp."""
-
-
-class _WhileLoading(type):
-    """Acts as the class SwitchTransformersSparseMLP on all threads but the one that loads."""
-
-    thread: int | None = None
-
-    def __call__(cls, config: Any) -> nn.Module:
-        layer = SwitchSparseMlp if threading.get_ident() == cls.thread else SparseMlp
-        made: nn.Module = layer(config)
-        return made
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, SparseMlp)
-
-
-class _SparseMlpWhileLoading(metaclass=_WhileLoading):
-    pass
-
-
-_loading = threading.Lock()
-
-
-@contextmanager
-def without_experts() -> Iterator[None]:
-    """Have transformers build MoE layers without experts, on this thread; one load at a time.
-
-    transformers' own `register_patch_mapping` is not used: in 5.17 it imports whatever transformers
-    has, torchvision's dependents too, and it leaves classes patched where building a model raises.
-    """
-    base = modeling.SwitchTransformersPreTrainedModel
-    with _loading:
-        ignored = base._keys_to_ignore_on_load_unexpected
-        _SparseMlpWhileLoading.thread = threading.get_ident()
-        modeling.SwitchTransformersSparseMLP = _SparseMlpWhileLoading
-        base._keys_to_ignore_on_load_unexpected = [*(ignored or ()), EXPERT_KEYS]
-        try:
-            yield
-        finally:
-            modeling.SwitchTransformersSparseMLP = SparseMlp
-            base._keys_to_ignore_on_load_unexpected = ignored
-            _SparseMlpWhileLoading.thread = None
 
 
 class SwitchAdapter:
     """See `sida.huggingface.adapter.ExpertAdapter`."""
+
+    interleaved = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -199,7 +157,7 @@ class SwitchAdapter:
         """Whether no handle has taken the experts."""
         return not any(isinstance(layer.experts, SwitchExperts) for layer in self._layers)
 
-    def experts(self, layer: int) -> list[tuple[ExpertLinear, ExpertLinear]]:
+    def parameters(self, layer: int) -> list[ExpertParameter]:
         """Return `wi` and `wo` of every expert of a layer.
 
         Raises:
@@ -207,10 +165,9 @@ class SwitchAdapter:
         """
         name = self.layer_names[layer]
         owner = self._own_experts.get(layer, self._layers[layer].experts)
-        found = []
+        found: list[ExpertParameter] = []
         for i in range(self.num_experts):
             expert = owner[f"expert_{i}"]
-            pair: list[ExpertLinear] = []
             for part in ("wi", "wo"):
                 linear = getattr(expert, part, None)
                 if type(linear) is not nn.Linear or linear.bias is not None:
@@ -218,9 +175,16 @@ class SwitchAdapter:
                         f"expected {name}.experts.expert_{i}.{part} to be a plain Linear without "
                         f"bias, got {describe_linear(linear)}"
                     )
-                pair.append(ExpertLinear(linear, f"experts.expert_{i}.{part}.weight"))
-            found.append((pair[0], pair[1]))
+                key = f"experts.expert_{i}.{part}.weight"
+                found.append(ExpertParameter(linear, "weight", key))
         return found
+
+    def arrays(self, layer: int) -> list[ExpertArrays]:
+        """Return `wi` and `wo` of every expert of a layer."""
+        weights = [found.weight.detach().contiguous() for found in self.parameters(layer)]
+        return [
+            (up, down, None, None) for up, down in zip(weights[::2], weights[1::2], strict=True)
+        ]
 
     def install(
         self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None

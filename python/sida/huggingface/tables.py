@@ -126,6 +126,8 @@ def open_tables(predictor: Any, adapter: ExpertAdapter) -> Tables | None:
     """
     if predictor is None:
         return None
+    if not adapter.predictable:
+        adapter.stack()  # says why there is none
     if isinstance(predictor, str | os.PathLike):
         predictor = load(predictor)
     if isinstance(predictor, HashTable):

@@ -24,6 +24,8 @@ struct Vectors {
   typedef std::uint16_t Short __attribute__((vector_size(Lanes * 2)));
 };
 
+inline constexpr float swiglu_alpha = 1.702f, swiglu_limit = 7.0f;
+
 /// x = e^x to 2 units in the last place, with x cut to [-87, 88]; a NaN stays one.
 template <int Lanes>
 SIDA_INLINE void exponential(typename Vectors<Lanes>::Float& x) {
@@ -85,7 +87,19 @@ SIDA_INLINE void apply(Activation activation, typename Vectors<Lanes>::Float& x)
       return times_logistic<Lanes>(x, x * (x * x * 0.044715f + 1.0f) * 1.59576912f);
     case Activation::silu:
       return times_logistic<Lanes>(x, x);
+    case Activation::swiglu_clamped:
+      return times_logistic<Lanes>(x, x * swiglu_alpha);
   }
+}
+
+/// What swiglu_clamped does to gate and up before the gate is activated.
+template <int Lanes>
+SIDA_INLINE void clamp_gate_and_up(typename Vectors<Lanes>::Float& gate,
+                                   typename Vectors<Lanes>::Float& up) {
+  using Float = typename Vectors<Lanes>::Float;
+  gate = gate > swiglu_limit ? Float{} + swiglu_limit : gate;
+  up = up > swiglu_limit ? Float{} + swiglu_limit : up;
+  up = (up < -swiglu_limit ? Float{} - swiglu_limit : up) + 1.0f;
 }
 
 template <int Lanes>
@@ -108,14 +122,13 @@ SIDA_INLINE void store_as(BFloat16* to, const typename Vectors<Lanes>::Float& x)
 template <int Lanes, class Input>
 SIDA_INLINE void activate_all(Activation activation, const float* values, const float* up, Input* h,
                               std::int64_t count) {
-  typename Vectors<Lanes>::Float x, factor;
+  typename Vectors<Lanes>::Float x, factor{};
   for (std::int64_t i = 0; i < count; i += Lanes) {
     std::memcpy(&x, values + i, sizeof(x));
+    if (up) std::memcpy(&factor, up + i, sizeof(factor));
+    if (up && activation == Activation::swiglu_clamped) clamp_gate_and_up<Lanes>(x, factor);
     apply<Lanes>(activation, x);
-    if (up) {
-      std::memcpy(&factor, up + i, sizeof(factor));
-      x = x * factor;
-    }
+    if (up) x = x * factor;
     store_as<Lanes>(h + i, x);
   }
 }
@@ -151,14 +164,23 @@ inline double activated(Activation activation, double x) {
       return 0.5 * x * (1 + std::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
     case Activation::silu:
       return x / (1 + std::exp(-x));
+    case Activation::swiglu_clamped:
+      return x / (1 + std::exp(-1.702 * x));
   }
   return x;
 }
 /// The f64 path, with the C library's functions.
 inline void activate_f64(Activation activation, const double* values, const double* up, double* h,
                          std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i)
-    h[i] = activated(activation, values[i]) * (up ? up[i] : 1);
+  for (std::int64_t i = 0; i < count; ++i) {
+    double value = values[i], factor = up ? up[i] : 1;
+    if (up && activation == Activation::swiglu_clamped) {
+      const double limit = swiglu_limit;
+      value = value > limit ? limit : value;
+      factor = (factor > limit ? limit : factor < -limit ? -limit : factor) + 1;
+    }
+    h[i] = activated(activation, value) * factor;
+  }
 }
 
 }  // namespace sida::detail

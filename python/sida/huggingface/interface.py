@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family that follows transformers' experts interface: a stack of all experts in a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sida.huggingface.adapter import (
+    Compute,
+    ComputePredicted,
+    ExpertArrays,
+    ExpertParameter,
+    Stack,
+)
+from sida.torch.experts_module import ExpertsModule
+
+if TYPE_CHECKING:
+    from sida import MoeConfig
+
+ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+"""What transformers gives to every class that `use_experts_implementation` decorates."""
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+"""Names that configs have for the number of experts of a token."""
+NO_PREDICTOR = (
+    "sida foretells the routing of Switch Transformers' encoders only; offload this model without "
+    'predictor= and with routing="exact"'
+)
+
+
+def _swiglu_clamped(gate: Tensor, up: Tensor) -> Tensor:
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a layer, the model's own or what stands in for them."""
+    return isinstance(module, InterfaceExperts) or all(hasattr(module, a) for a in ATTRIBUTES)
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """What the experts of a layer compute, and how their tensors are laid out."""
+
+    experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    gated: bool
+    biased: bool
+    transposed: bool
+    interleaved: bool
+
+    @classmethod
+    def of(cls, experts: Any, where: str) -> ExpertsForm:
+        """Read it off a module; its parameters need no memory.
+
+        Args:
+            experts: The module.
+            where: Its name, for messages.
+
+        Raises:
+            ValueError: It has other parameters, or computes something else, than sida knows.
+        """
+        where = f"{where} ({type(experts).__name__})"
+        if getattr(experts, "has_post_expert_norm", False):
+            raise ValueError(f"{where}: its experts end in a norm, which sida does not compute")
+        gated, biased = bool(experts.has_gate), bool(experts.has_bias)
+        expected = set(_names(gated, biased))
+        found = {name for name, _ in experts.named_parameters()}
+        if found != expected:
+            raise ValueError(
+                f"{where}: expected the parameters {', '.join(sorted(expected))}, found "
+                f"{', '.join(sorted(found)) or 'none'}; LoRA on experts cannot be offloaded: merge "
+                "it first (peft: merge_and_unload())"
+            )
+        up, down = getattr(experts, _names(gated, False)[0]), experts.down_proj
+        transposed = bool(experts.is_transposed)
+        rows, columns = (up.shape[2], up.shape[1]) if transposed else up.shape[1:]
+        intermediate = rows // 2 if gated else rows
+        shape = (
+            (up.shape[0], intermediate, columns)
+            if transposed
+            else (
+                up.shape[0],
+                columns,
+                intermediate,
+            )
+        )
+        if up.dim() != 3 or tuple(down.shape) != shape:
+            raise ValueError(
+                f"{where}: expected down_proj of shape {list(shape)} beside {list(up.shape)}, got "
+                f"{list(down.shape)}"
+            )
+        interleaved = gated and not experts.is_concatenated
+        return cls(
+            experts=up.shape[0],
+            hidden_size=columns,
+            intermediate_size=intermediate,
+            activation=_find_activation(experts, gated, interleaved, where),
+            gated=gated,
+            biased=biased,
+            transposed=transposed,
+            interleaved=interleaved,
+        )
+
+
+def _names(gated: bool, biased: bool) -> list[str]:
+    """Parameters of experts: up and down, and their biases behind them."""
+    names = ["gate_up_proj" if gated else "up_proj", "down_proj"]
+    return names + [f"{name}_bias" for name in names] if biased else names
+
+
+def _find_activation(experts: Any, gated: bool, interleaved: bool, where: str) -> str:
+    """Tell the activation by what it does, since families spell it in many ways."""
+    gate = torch.linspace(-12, 12, 97)
+    up = gate.roll(41)
+    known = {name: function(gate) for name, function in ACTIVATIONS.items()}
+    if gated:
+        known = {name: values * up for name, values in known.items()}
+        known["swiglu_clamped"] = _swiglu_clamped(gate, up)
+        pair = torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])
+        got = experts._apply_gate(pair[None])[0]
+    else:
+        got = experts.act_fn(gate)
+    for name, values in known.items():
+        if torch.allclose(got, values, rtol=1e-5, atol=1e-5):
+            return name
+    raise ValueError(
+        f"{where}: expected experts whose activation is one of {', '.join(known)}, got another: "
+        f"{getattr(experts, 'act_fn', None) or type(experts)._apply_gate.__qualname__}"
+    )
+
+
+class InterfaceExperts(ExpertsModule):
+    """Takes the place of the experts of a layer; has no parameters."""
+
+    def __init__(self, form: ExpertsForm) -> None:
+        super().__init__(form.experts, 0.0)
+        self.form = form
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute what the router selected.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, k]; the number of experts stands for none.
+            top_k_weights: [T, k].
+        """
+        none = top_k_index == self.num_experts
+        return super().forward(
+            hidden_states, top_k_index.masked_fill(none, 0), top_k_weights.masked_fill(none, 0)
+        )
+
+
+def make_without_weights(experts: type[nn.Module]) -> Callable[..., nn.Module]:
+    """Return what makes a stand-in where a model would make `experts`."""
+
+    def make(*args: Any, **kwargs: Any) -> nn.Module:
+        with torch.device("meta"):
+            original = experts(*args, **kwargs)
+        return InterfaceExperts(ExpertsForm.of(original, "experts"))
+
+    return make
+
+
+class InterfaceAdapter:
+    """See `sida.huggingface.adapter.ExpertAdapter`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._parents: list[nn.Module] = []
+        self._children: list[str] = []
+        self._forms: list[ExpertsForm] = []
+        self.layer_names: list[str] = []
+        modules = dict(model.named_modules())
+        stacks: dict[str, list[int]] = {}
+        for name, module in modules.items():
+            if not is_experts(module):
+                continue
+            parent, _, child = name.rpartition(".")
+            stacks.setdefault(_stack_of(name, modules), []).append(len(self._parents))
+            self._parents.append(modules[parent])
+            self._children.append(child)
+            self.layer_names.append(parent)
+            self._forms.append(
+                module.form
+                if isinstance(module, InterfaceExperts)
+                else ExpertsForm.of(module, name)
+            )
+        for name, form in zip(self.layer_names, self._forms, strict=True):
+            if form != self._forms[0]:
+                raise ValueError(
+                    f"expected experts of one form in all layers, got {self._forms[0]} in "
+                    f"{self.layer_names[0]} and {form} in {name}"
+                )
+        self._stacks = [Stack(modules[name], layers, False) for name, layers in stacks.items()]
+        self._form = self._forms[0]
+        self.interleaved = self._form.interleaved
+        self.predictable: list[int] = []
+        self.num_experts = self._form.experts
+        self.top_k = _top_k(model, self.num_experts)
+        self._own_experts: dict[int, nn.Module] = {}
+
+    def stacks(self) -> list[Stack]:
+        """Return the models around the layers."""
+        return self._stacks
+
+    def config(self, dtype: str) -> MoeConfig:
+        """Return the shape of all experts, computed in `dtype`."""
+        from sida import MoeConfig
+
+        form = self._form
+        return MoeConfig(
+            layers=len(self._forms),
+            experts=form.experts,
+            hidden_size=form.hidden_size,
+            intermediate_size=form.intermediate_size,
+            top_k=self.top_k,
+            activation=form.activation,
+            gated=form.gated,
+            up_bias=form.biased,
+            down_bias=form.biased,
+            dtype=dtype,
+        )
+
+    def has_experts(self) -> bool:
+        """Whether no handle has taken the experts."""
+        return not any(isinstance(self._experts(i), InterfaceExperts) for i in self._layers())
+
+    def parameters(self, layer: int) -> list[ExpertParameter]:
+        """Return the stacks of up and down projections, and their biases."""
+        owner = self._own_experts.get(layer) or self._experts(layer)
+        return [
+            ExpertParameter(owner, name, f"experts.{name}")
+            for name in _names(self._form.gated, self._form.biased)
+        ]
+
+    def arrays(self, layer: int) -> list[ExpertArrays] | None:
+        """Return every expert's part of the stacks; None where they are transposed."""
+        if self._form.transposed or self._form.interleaved:
+            return None
+        stacks = [found.weight.detach() for found in self.parameters(layer)]
+        if not all(stack.is_contiguous() for stack in stacks):
+            return None
+        up, down, *biases = [stack.unbind() for stack in stacks]
+        none = (None,) * self.num_experts
+        up_bias, down_bias = biases or (none, none)
+        return list(zip(up, down, up_bias, down_bias, strict=True))
+
+    def install(
+        self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
+    ) -> None:
+        """Let `compute` stand in for a layer's experts."""
+        if compute_predicted is not None:
+            raise ValueError(NO_PREDICTOR)
+        experts = self._experts(layer)
+        if not isinstance(experts, InterfaceExperts):
+            self._own_experts[layer] = experts
+            stand_in = InterfaceExperts(self._form).train(experts.training)
+            setattr(self._parents[layer], self._children[layer], stand_in)
+            experts = stand_in
+        experts.compute = compute
+
+    def remove(self, layer: int) -> None:
+        """Put the layer's own experts back."""
+        experts = self._experts(layer)
+        if layer in self._own_experts:
+            own = self._own_experts.pop(layer).train(experts.training)
+            setattr(self._parents[layer], self._children[layer], own)
+        elif isinstance(experts, InterfaceExperts):
+            experts.compute = None
+
+    def stack(self) -> nn.Module:
+        """Raise ValueError: there is no predictor for such models yet."""
+        raise ValueError(NO_PREDICTOR)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Raise ValueError, as `stack`."""
+        raise ValueError(NO_PREDICTOR)
+
+    def routers(self) -> list[nn.Module]:
+        """Raise ValueError, as `stack`."""
+        raise ValueError(NO_PREDICTOR)
+
+    def routing(self, layer: int, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Raise ValueError, as `stack`."""
+        raise ValueError(NO_PREDICTOR)
+
+    @contextmanager
+    def forced_routing(self, tables: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Raise ValueError, as `stack`."""
+        raise ValueError(NO_PREDICTOR)
+        yield
+
+    def fingerprint(self) -> str:
+        """Raise ValueError, as `stack`."""
+        raise ValueError(NO_PREDICTOR)
+
+    def _layers(self) -> range:
+        return range(len(self._parents))
+
+    def _experts(self, layer: int) -> nn.Module:
+        module = getattr(self._parents[layer], self._children[layer])
+        assert isinstance(module, nn.Module)
+        return module
+
+
+def _stack_of(name: str, modules: dict[str, nn.Module]) -> str:
+    """Return the name of the innermost model of transformers around a module."""
+    around = name
+    while around:
+        around = around.rpartition(".")[0]
+        if isinstance(modules[around], PreTrainedModel):
+            return around
+    raise ValueError(
+        f"expected the experts {name!r} within a model of transformers, found none around them; "
+        "pass the model that they belong to"
+    )
+
+
+def _top_k(model: nn.Module, experts: int) -> int:
+    config = getattr(model, "config", None)
+    for owner in (config, getattr(config, "text_config", None)):
+        for name in TOP_K:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 1 <= value <= experts:
+                return value
+    return 1

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models of the families with random weights, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+BASE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_experts": 7,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "head_dim": 8,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {"intermediate_size": 24, "num_experts": 9, "num_experts_per_tok": 3},
+    ),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        {"intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        {"intermediate_size": 24, "num_local_experts": 7, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+        },
+    ),
+}
+"""By model type: the class to build, and what its config has beside BASE."""
+
+
+def make_family(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A model in evaluation mode; experts weigh enough for one of them to be missed."""
+    name, values = FAMILIES[family]
+    kind: Any = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(kind.config_class(**{**BASE, **values, **changes}))
+        for key, parameter in model.named_parameters():
+            if key.endswith("_proj_bias"):
+                parameter.data.normal_(std=0.5)
+            elif ".experts." in key:
+                parameter.data.normal_(std=2 * parameter.shape[1] ** -0.5)
+            elif ".gate." in key or ".router." in key:
+                parameter.data.normal_(std=0.5)
+    return model.eval()
+
+
+def make_prompt(seed: int = 0, sentences: int = 3, length: int = 9) -> dict[str, Tensor]:
+    """Sentences padded on the left, as `generate` wants them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 64, (sentences, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (sentences, 1), generator=generator)
+    mask = (torch.arange(length) >= length - lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}

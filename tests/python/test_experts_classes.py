@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every experts class of the installed transformers: computed by sida, or refused with a reason."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from switch_models import relative
+
+import sida
+
+DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
+REFUSED = {
+    "DeepseekV4Experts": "activation",
+    "MuseSparkExperts": "norm",
+}
+"""Classes that sida does not compute, and a word of the reason."""
+HIDDEN, EXPERTS, TOP_K = 32, 5, 2
+
+
+def experts_classes() -> list[tuple[str, str]]:
+    """Module and name of every class that transformers' experts interface decorates."""
+    folder = Path(transformers.__file__).parent / "models"
+    found = []
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        for name in DECORATED.findall(file.read_text(encoding="utf-8")):
+            found.append((f"transformers.models.{file.parent.name}.{file.stem}", name))
+    return found
+
+
+class AnyConfig:
+    """A config of a small model, whatever the family calls its fields."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if "limit" in name or "alpha" in name:
+            return 7.0 if "limit" in name else 1.702
+        if "act" in name:
+            return "silu"
+        if "latent" in name:
+            return None
+        if "intermediate" in name or "ffn" in name:
+            return 24
+        if "expert" in name:
+            return EXPERTS
+        return HIDDEN
+
+
+class OneLayer(transformers.PreTrainedModel):
+    """A model around the experts of one layer."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__(transformers.PretrainedConfig())
+        self.block = torch.nn.Module()
+        self.block.experts = experts
+
+    def forward(self, hidden: Any, ids: Any, weights: Any) -> Any:
+        return self.block.experts(hidden, ids, weights)
+
+
+def test_there_are_experts_classes() -> None:
+    names = [name for _, name in experts_classes()]
+    assert len(names) >= 40
+    assert {"MixtralExperts", "GptOssExperts", "NemotronHExperts"} <= set(names)
+
+
+@pytest.mark.parametrize(("module", "name"), experts_classes())
+def test_experts_class(module: str, name: str) -> None:
+    kind = getattr(importlib.import_module(module), name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        experts = kind(AnyConfig())
+        for parameter in experts.parameters():
+            parameter.data.normal_(std=0.5)
+        hidden = torch.randn(11, HIDDEN)
+        weights, ids = torch.randn(11, EXPERTS).softmax(-1).topk(TOP_K)
+    model = OneLayer(experts).eval()
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            sida.offload(model, memory=0.25)
+        return
+    with torch.no_grad():
+        expected = model(hidden, ids, weights)
+        for memory in ("1 expert", 1.0):
+            with sida.offload(model, memory=memory):
+                assert relative(model(hidden, ids, weights), expected) <= 1e-5
