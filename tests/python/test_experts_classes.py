@@ -20,6 +20,9 @@ import sida
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
 REFUSED = {
     "DeepseekV4Experts": "activation",
+    "Glm5NextTextExperts": "activation",
+    "HYV4Experts": "activation",
+    "Inkling2Experts": "activation",
     "MuseSparkExperts": "norm",
 }
 """Classes that sida does not compute, and a word of the reason."""
