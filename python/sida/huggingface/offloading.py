@@ -37,11 +37,12 @@ def offload(
 ) -> Offloaded:
     """Keep no more of a model's experts in fast memory than `memory` allows.
 
-    Switch Transformers: encoder, encoder-decoder, with a language-modelling head. The experts are
-    written to one file, layer by layer, and read as they are needed; if all fit, they stay where
-    they are. For a GPU they move, layer by layer, to pinned memory. The model is then called as
-    before, `generate` included, and gives the same results: to the bit at every budget, policy and
-    predictor. Inference only.
+    Switch Transformers (encoder, encoder-decoder, with a language-modelling head), and models whose
+    experts follow transformers' experts interface; predictors are for Switch's encoder. The experts
+    are written to one file, layer by layer, and read as they are needed; if all fit, they stay
+    where they are. For a GPU they move, layer by layer, to pinned memory. The model is then called
+    as before, `generate` included, and gives the same results: to the bit at every budget, policy
+    and predictor. Inference only.
 
     Args:
         model: A model of transformers; changed in place until the handle is closed.

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families of transformers on a GPU, against transformers' own output there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from family_models import FAMILIES, make_family, make_prompt
+from gpu import needs_gpu
+from switch_models import experts_of, relative, run
+
+import sida
+
+pytestmark = needs_gpu
+
+
+def generate(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
+    tokens = model.generate(**prompt, do_sample=False, max_new_tokens=5)
+    result: list[list[int]] = tokens.tolist()
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offload_and_from_pretrained(family: str, tmp_path: Path) -> None:
+    model = make_family(family)
+    model.save_pretrained(tmp_path)
+    model = model.to("cuda")
+    prompt = {name: value.to("cuda") for name, value in make_prompt().items()}
+    expected, tokens = run(model, prompt), generate(model, prompt)
+    before = {name: weight.clone() for name, weight in experts_of(model).items()}
+    for memory in ("1 expert", 0.25, 1.0):
+        with sida.offload(model, memory=memory, device="cuda") as off:
+            assert relative(run(off.model, prompt), expected) <= 1e-5
+            assert generate(off.model, prompt) == tokens
+            assert off.stats()["uses"] > 0
+    after = experts_of(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    with sida.from_pretrained(tmp_path, memory=0.25, device="cuda") as off:
+        assert relative(run(off.model, prompt), expected) <= 1e-5
+        assert generate(off.model, prompt) == tokens
