@@ -114,3 +114,10 @@ def make_prompt(seed: int = 0, sentences: int = 3, length: int = 9) -> dict[str,
     lengths = torch.randint(3, length + 1, (sentences, 1), generator=generator)
     mask = (torch.arange(length) >= length - lengths).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generate(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
+    """Greedily chosen tokens, the prompt before them."""
+    tokens = model.generate(**prompt, do_sample=False, max_new_tokens=5)
+    result: list[list[int]] = tokens.tolist()
+    return result

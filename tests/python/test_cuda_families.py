@@ -4,26 +4,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from family_models import FAMILIES, make_family, make_prompt
+from family_models import FAMILIES, generate, make_family, make_prompt
 from gpu import needs_gpu
 from switch_models import experts_of, relative, run
 
 import sida
 
 pytestmark = needs_gpu
-
-
-def generate(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
-    tokens = model.generate(**prompt, do_sample=False, max_new_tokens=5)
-    result: list[list[int]] = tokens.tolist()
-    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from family_models import FAMILIES, make_family, make_prompt
+from family_models import FAMILIES, generate, make_family, make_prompt
 from switch_models import experts_of, relative, run
 
 import sida
@@ -28,12 +28,6 @@ class Family:
         self.logits = run(self.model, self.prompt)
         self.tokens = generate(self.model, self.prompt)
         self.model.save_pretrained(folder)
-
-
-def generate(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
-    tokens = model.generate(**prompt, do_sample=False, max_new_tokens=5)
-    result: list[list[int]] = tokens.tolist()
-    return result
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
