@@ -103,3 +103,14 @@ TEST_CASE("Threads without work sleep", "[scheduler][close]") {
   std::this_thread::sleep_for(std::chrono::milliseconds(500));
   CHECK(cpu_seconds() - before < 0.05);
 }
+
+TEMPLATE_LIST_TEST_CASE("Prefetches of unsure uses come to rest", "[scheduler][close]", Engines) {
+  const auto slots = GENERATE(1, 2, 3);
+  Scheduled<typename TestType::backend, typename TestType::policy> engine(
+      std::make_shared<PatternStore>(2, 8, 64), Budget::experts(slots));
+  engine.scheduler.start([] { return table_of({{0, 1, 2}, {0, 1, 2}}, 0, 0.5f); }, 2);
+  // Of the two tables ahead and the one that waits for a place, each planned use brings its expert
+  // once at most; nobody asks, so nothing else is to move however long one waits.
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  CHECK(engine.scheduler.stats().loads <= 3 * 6);
+}

@@ -200,6 +200,27 @@ TEST_CASE("A replay comes to its end on links of any speed", "[replay]") {
     }
 }
 
+// An unsure use is expected later than its step: two such experts must not make way for one another
+// for ever, where the link sets no end to it.
+TEST_CASE("A replay of unsure tables comes to its end without limits of the link", "[replay]") {
+  const auto passes = made_up(20, 5, 7);
+  const HashTable routing = recorded(passes);
+  HashTable foretold = routing;
+  std::mt19937 random(3);
+  for (float& probability : foretold.probs)
+    if (probability > 0) probability = 0.3f + 0.1f * static_cast<float>(random() % 7);
+  for (std::int64_t slots = 1; slots <= layers * experts; ++slots)
+    for (const std::size_t ahead : {1u, 4u, 16u}) {
+      ReplayOptions options = options_for(slots, ahead);
+      options.bytes_per_second = std::numeric_limits<double>::infinity();
+      options.latency_seconds = options.layer_seconds = options.expert_seconds = 0;
+      CAPTURE(slots, ahead);
+      const auto stats = replay<LookAheadPolicy>(routing, foretold, options).stats;
+      CHECK(stats.total.hits + stats.total.late + stats.total.misses == stats.total.uses);
+      CHECK(replay<LruPolicy>(routing, foretold, options).stats.total.uses == stats.total.uses);
+    }
+}
+
 TEST_CASE("What padding alone needs is moved and not counted", "[replay]") {
   HashTable table = recorded({PassNeeds{{1, 2}, {3}, {4}}});
   table.probs[1] = 0;  // expert 2 of layer 0

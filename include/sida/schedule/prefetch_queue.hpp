@@ -68,7 +68,7 @@ class PrefetchQueue {
         const bool in_pass = use.step <= forecast.now() + cache_.store().layers();
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
           const double next = forecast.expected_use(victim);
-          return next > static_cast<double>(use.step) &&
+          return next > static_cast<double>(use.step) && is_planned_later(victim, use.step) &&
                  (is_near || (in_pass && next >= latest_return_));
         });
       }
@@ -85,6 +85,13 @@ class PrefetchQueue {
   }
 
  private:
+  // Or two experts whose uses are not sure, so that each is expected later than the other's step,
+  // would make way for one another for ever.
+  bool is_planned_later(ExpertId victim, std::int64_t step) const {
+    const auto planned = cache_.forecast().next_use(victim, threshold_);
+    return !planned || *planned > step;
+  }
+
   Cache& cache_;
   double threshold_;
   std::deque<PlannedUse> uses_;
