@@ -16,13 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import SwitchTransformersEncoderModel
+from transformers import OlmoeConfig, OlmoeForCausalLM, SwitchTransformersEncoderModel
 
 from sida.cli.random_model import STD, model_layout, switch_base, write_random_model
 
 READ_BYTES = 4 << 20
 """Of one positioned read when the disk's rate is measured."""
 THREADS = (1, 2, 4)
+EMBEDDINGS = ("shared.weight", "model.embed_tokens.weight")
 
 
 @contextmanager
@@ -46,6 +47,44 @@ def switch_model(experts: int) -> Iterator[Path]:
 
 
 @contextmanager
+def olmoe(layers: int) -> Iterator[Path]:
+    """Write a decoder of OLMoE's shape in bfloat16, of so many layers, to a temporary folder."""
+    config = OlmoeConfig(
+        architectures=["OlmoeForCausalLM"],
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_experts=64,
+        num_experts_per_tok=8,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config)
+    layout = [
+        published
+        for name, p in model.named_parameters()
+        for published in _published(name, tuple(p.shape))
+    ]
+    with _written(config, layout) as folder:
+        yield folder
+
+
+def _published(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield what checkpoints have in place of a parameter: each expert's projections alone."""
+    before, experts, stack = name.partition(".experts.")
+    if not experts:
+        yield name, shape
+        return
+    parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+    for expert in range(shape[0]):
+        for part in parts:
+            yield (
+                f"{before}.experts.{expert}.{part}.weight",
+                (shape[1] // len(parts), shape[2]),
+            )
+
+
+@contextmanager
 def _written(config: Any, layout: Any) -> Iterator[Path]:
     with TemporaryDirectory(prefix="sida-benchmark-") as name:
         folder = Path(name)
@@ -64,7 +103,8 @@ def _widen_embeddings(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         with path.open("r+b") as file:
             length = int.from_bytes(file.read(8), "little")
-            place = json.loads(file.read(length)).get("shared.weight")
+            header = json.loads(file.read(length))
+            place = next((header[name] for name in EMBEDDINGS if name in header), None)
             if place is None:
                 continue
             begin, end = (8 + length + offset for offset in place["data_offsets"])
@@ -73,7 +113,7 @@ def _widen_embeddings(folder: Path) -> None:
             file.seek(begin)
             file.write((values / STD).view(torch.uint8).numpy().tobytes())
             return
-    raise ValueError(f"expected shared.weight in {folder}, found none")
+    raise ValueError(f"expected {' or '.join(EMBEDDINGS)} in {folder}, found none")
 
 
 def sync(folder: Path) -> None:

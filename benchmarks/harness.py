@@ -200,13 +200,10 @@ def provenance() -> dict[str, Any]:
 
     Where the sources are a copy without git, SIDA_COMMIT names the commit.
     """
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     import transformers
 
     return {
-        "commit": commit.stdout.strip() or os.environ.get("SIDA_COMMIT"),
+        "commit": _commit() or os.environ.get("SIDA_COMMIT"),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
@@ -220,6 +217,18 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _commit() -> str:
+    """The commit of the sources, "-dirty" if they differ; what was recorded and its pages aside."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    sources = (".", ":!benchmarks/results", ":!docs", ":!README.md")
+    return commit + "-dirty" if _git("status", "--porcelain", "--", *sources) else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _cpu() -> dict[str, Any]:

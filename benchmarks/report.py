@@ -33,6 +33,10 @@ WAYS = {
     "hugging_face": "Hugging Face, all resident",
     "disk": "the disk alone, the same bytes",
 }
+WAYS_OF_DECODER = {
+    "none": "sida, 25 %, no prediction",
+    "accelerate": "accelerate, experts on disk",
+}
 
 
 def load_results() -> Results:
@@ -197,6 +201,23 @@ def encoder_cold(results: Results) -> str:
     return _ways(results, "encoder_cold", ("resident", "disk", "table", "none", "accelerate"))
 
 
+def decoder_disk(results: Results) -> str:
+    """The decoder at 25 %, page cache warm and dropped."""
+    if "decoder_disk" not in results:
+        return _nothing()
+    rows = [
+        (
+            WAYS_OF_DECODER[way],
+            cache,
+            milliseconds(times["prompt"]),
+            milliseconds(times["token"]),
+        )
+        for cache, ways in results["decoder_disk"]["seconds"].items()
+        for way, times in ways.items()
+    ]
+    return table(("", "page cache", "prompt, ms", "a token, ms"), rows)
+
+
 def peak_memory(results: Results) -> str:
     """What loading and running took."""
     if "peak_memory" not in results:
@@ -343,6 +364,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         encoder_resident,
         encoder_warm,
         encoder_cold,
+        decoder_disk,
         peak_memory,
         cache_lookup,
         hash_building,

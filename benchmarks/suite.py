@@ -19,6 +19,7 @@ BENCHMARKS = (
     "encoder_resident",
     "encoder_warm",
     "encoder_cold",
+    "decoder_disk",
     "peak_memory",
     "cache_lookup",
     "hash_building",
