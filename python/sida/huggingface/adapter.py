@@ -102,17 +102,38 @@ class ExpertAdapter(MoeAdapter, Protocol):
         """Undo `install`: the layer has its own experts and router again."""
 
 
+WRONG_UPSTREAM = {
+    "NllbMoeSparseMLP": (
+        "NLLB-MoE cannot be offloaded: its module in transformers routes wrongly. Its experts take "
+        "the router's mask of 0 and 1 for expert ids, so that whatever the router chose, only the "
+        "first two experts run, the first one several times for each token; sida would have to "
+        "repeat that, or compute something else than the model. It is refused until transformers "
+        "is right"
+    )
+}
+"""Modules that do not compute what they should in the versions of transformers that sida knows."""
+
+
+def refuse_wrong_upstream(model: nn.Module) -> None:
+    """Raise ValueError for a model that transformers itself computes wrongly."""
+    for module in model.modules():
+        reason = WRONG_UPSTREAM.get(type(module).__name__)
+        if reason is not None:
+            raise ValueError(f"{type(model).__name__}: {reason}")
+
+
 def find_adapter(model: nn.Module) -> ExpertAdapter:
     """Return the adapter for a model.
 
     Raises:
         ValueError: sida knows no MoE layer of the model; the message lists what was looked for and
-            what the model has.
+            what the model has. Or transformers computes the model wrongly.
     """
     from sida.huggingface import interface, switch
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module, got {type(model).__name__}")
+    refuse_wrong_upstream(model)
     if any(isinstance(module, switch.SPARSE_LAYERS) for module in model.modules()):
         return switch.SwitchAdapter(model)
     if any(interface.is_experts(module) for module in model.modules()):

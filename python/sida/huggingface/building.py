@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sida.huggingface import interface, switch
+from sida.huggingface.adapter import refuse_wrong_upstream
 
 EXPERT_KEYS = r"\.experts\.|\.block_sparse_moe\.(in|out)put_linear\."
 """Of a checkpoint; such weights are not loaded into a model without experts."""
@@ -48,9 +49,13 @@ def without_experts(model_class: Any, config: Any) -> Iterator[None]:
     Args:
         model_class: What is to be loaded: a model's class, or one of transformers' Auto classes.
         config: The model's.
+
+    Raises:
+        ValueError: transformers computes such models wrongly.
     """
     with _loading:
         built = _outline(model_class, config)
+        refuse_wrong_upstream(built)
         patched = {kind: _stand_in(kind) for kind in {type(m) for m in built.modules()}}
         patched = {kind: made for kind, made in patched.items() if made is not None}
         base: Any = type(built)

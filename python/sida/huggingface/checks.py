@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from sida._core import check_cuda
@@ -14,6 +17,23 @@ from sida.huggingface.adapter import ExpertAdapter
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ROUTINGS = ("exact", "predicted")
 POLICIES = ("fifo", "lru", "lfu", "lookahead", "auto")
+
+TESTED = (Version("5.17"), Version("5.23"))
+"""The oldest and the newest minor version of transformers that sida's tests run on."""
+
+
+def warn_of_untested_transformers() -> None:
+    """Warn if the installed transformers is none that sida was tested with; it may work."""
+    installed = Version(transformers.__version__)
+    oldest, newest = TESTED
+    if not (oldest.release <= installed.release[:2] <= newest.release):
+        warnings.warn(
+            f"sida is tested with transformers {oldest} to {newest}, this is {installed}: it may "
+            "work, but compare results with the model's own before relying on them, or install "
+            f'"transformers~={newest}.0"',
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def check_options(*, routing: str, predictor: Any, policy: str, threads: int | None) -> None:

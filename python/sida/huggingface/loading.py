@@ -83,6 +83,7 @@ def from_pretrained(
         OSError: The checkpoint is missing, damaged, or not in safetensors files.
         ValueError: As in `sida.offload`.
     """
+    checks.warn_of_untested_transformers()
     checks.check_options(
         routing=routing,
         predictor=predictor,

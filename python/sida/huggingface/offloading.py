@@ -73,6 +73,7 @@ def offload(
         MemoryError: The GPU has less memory free than the budget, or the RAM cannot be pinned.
         CudaError: There is no such GPU, or no CUDA part of sida.
     """
+    checks.warn_of_untested_transformers()
     checks.check_options(
         routing=routing,
         predictor=predictor,
