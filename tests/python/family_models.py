@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,
@@ -121,3 +123,40 @@ def generate(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
     tokens = model.generate(**prompt, do_sample=False, max_new_tokens=5)
     result: list[list[int]] = tokens.tolist()
     return result
+
+
+@contextmanager
+def router_margins(model: nn.Module, sentences: int) -> Iterator[Tensor]:
+    """The least distance, by sentence, at which a router or the logits decided.
+
+    Between the last expert that was chosen and the first that was not, and between the two best
+    tokens. Rows of beams belong to the sentence of their group.
+    """
+    least = torch.full((sentences,), torch.inf)
+
+    def note(values: Tensor, chosen: int, rows: Tensor) -> None:
+        best = values.detach().float().topk(chosen + 1, -1).values
+        gaps = best[..., chosen - 1] - best[..., chosen]
+        gaps = gaps.masked_fill(~rows.any(-1).view_as(gaps), torch.inf)  # padding is all zeros
+        least.copy_(least.minimum(gaps.reshape(sentences, -1).amin(1)))
+
+    def note_router(module: nn.Module, inputs: Any, output: Any) -> None:
+        values = output if isinstance(output, tuple) else (output,)
+        chosen = {v.shape[-1] for v in values if not v.is_floating_point()}
+        logits = [v for v in values if v.is_floating_point() and v.shape[-1] not in chosen]
+        if logits and chosen:
+            note(logits[0].float().softmax(-1), min(chosen), inputs[0])
+
+    def note_logits(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        note(output[:, -1:], 1, inputs[0][:, -1:])
+
+    handles = [
+        module.register_forward_hook(note_logits if name == "lm_head" else note_router)
+        for name, module in model.named_modules()
+        if name == "lm_head" or name.endswith((".gate", ".router"))
+    ]
+    try:
+        yield least
+    finally:
+        for handle in handles:
+            handle.remove()

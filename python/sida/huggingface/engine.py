@@ -16,6 +16,7 @@ from sida.huggingface.expert_file import ExpertFile
 from sida.huggingface.pinned_experts import PinnedExperts
 from sida.layer import detached
 
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
 
@@ -23,6 +24,8 @@ Memory = int | float | str
 class ExpertSource(Protocol):
     """The slow tier that a handle's experts come from."""
 
+    dtype: str
+    """Of the experts: "f32", "f16" or "bf16"."""
     restores: bool
     """Whether closing gives the model its experts back."""
     staging_bytes: int
@@ -71,7 +74,7 @@ class ModelExperts:
         place: Place,
     ) -> None:
         self._adapter, self._config, self._folder = adapter, config, folder
-        self._place = place
+        self._place, self.dtype = place, config.dtype
         self._moved: ExpertFile | PinnedExperts | None = None
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
@@ -138,7 +141,7 @@ class CheckpointExperts:
 
     def __init__(self, store: ExpertStore, place: Place) -> None:
         self._store: ExpertStore | None = store
-        self._place = place
+        self._place, self.dtype = place, store.config.dtype
         self.staging_bytes = store.staging_bytes
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
@@ -164,10 +167,17 @@ class Engine:
     """
 
     def __init__(
-        self, cache: ExpertCache, layers: int, *, threads: int | None, skip_padding: bool
+        self,
+        cache: ExpertCache,
+        layers: int,
+        *,
+        dtype: str,
+        threads: int | None,
+        skip_padding: bool,
     ) -> None:
         self.cache, self._fixed_threads = cache, threads
         self._threads = threads or torch.get_num_threads()
+        self._dtype = DTYPES[dtype]
         self.scheduler = OffloadScheduler(cache)
         self._layers = [
             OffloadedExperts(
@@ -177,11 +187,15 @@ class Engine:
         ]
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Compute a layer's experts as its router chose; see `sida.OffloadedExperts`."""
+        """Compute a layer's experts as its router chose; see `sida.OffloadedExperts`.
+
+        Experts compute in their own dtype, as transformers' grouped_mm does, under autocast too;
+        the result has the dtype of `hidden`.
+        """
         out: Tensor = self._layers[layer].forward(
-            detached(hidden).contiguous(), ids.contiguous(), detached(weights).contiguous()
+            self._input(hidden), ids.contiguous(), detached(weights).contiguous()
         )
-        return out
+        return out.to(hidden.dtype)
 
     def compute_predicted(self, layer: int, hidden: Tensor) -> Tensor:
         """Compute a layer's experts as the pass's hash table says, zeros where it says nothing."""
@@ -192,8 +206,8 @@ class Engine:
                     "or its encoder, not a layer by itself"
                 )
             return torch.zeros_like(hidden)
-        out: Tensor = self._layers[layer].forward_predicted(detached(hidden).contiguous())
-        return out
+        out: Tensor = self._layers[layer].forward_predicted(self._input(hidden))
+        return out.to(hidden.dtype)
 
     def follow_threads(self) -> None:
         """Use as many threads as torch does, unless a number was asked for."""
@@ -205,3 +219,9 @@ class Engine:
     def close(self) -> None:
         """End all threads. Idempotent."""
         self.scheduler.close()
+
+    def _input(self, hidden: Tensor) -> Tensor:
+        values: Tensor = detached(hidden)
+        if values.dtype in DTYPES.values():  # of others the layer says what it expects
+            values = values.to(self._dtype)
+        return values.contiguous()

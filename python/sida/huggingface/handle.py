@@ -232,6 +232,7 @@ class Offloaded:
             engine = Engine(
                 cache,
                 len(self._adapter.layer_names),
+                dtype=self._source.dtype,
                 threads=self._threads,
                 skip_padding=self._skip_padding,
             )
