@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstddef>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bind.hpp"
 #include "sida/core/moe_config.hpp"
@@ -52,6 +56,18 @@ void bind_config(py::module_& module) {
       .def_property_readonly(
           "slab_bytes", [](const MoeConfig& config) { return SlabLayout(config).slab_bytes; },
           "Bytes of fast memory that one expert takes.")
+      .def_property_readonly(
+          "slab_parts",
+          [](const MoeConfig& config) {
+            const SlabLayout layout(config);
+            return std::vector<std::pair<std::size_t, std::size_t>>{
+                {layout.up_offset, layout.up_bytes},
+                {layout.down_offset, layout.down_bytes},
+                {layout.up_bias_offset, layout.up_bias_bytes},
+                {layout.down_bias_offset, layout.down_bias_bytes}};
+          },
+          "(offset, bytes) in an expert's slab of up_proj, down_proj, up_bias and down_bias; no "
+          "bytes for a bias that there is not.")
       .def_property_readonly("total_experts", &MoeConfig::total_experts, "Over all layers.")
       .def(
           "__eq__", [](const MoeConfig& a, const MoeConfig& b) { return a == b; },

@@ -397,28 +397,6 @@ def test_training_mode_is_kept_across_offloading() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_model_moved_to_another_dtype_keeps_its_experts() -> None:
-    model, batch = make_encoder(), make_batch()
-    expected = run(model, batch)
-    with sida.offload(model, memory=0.5) as off:
-        output = run(off.model.to(torch.bfloat16), batch)
-        assert output.dtype == torch.bfloat16
-        assert relative(output, expected) <= 2e-2
-        with pytest.raises(ValueError, match=r"f32.*f64"):
-            run(off.model.to(torch.float64), batch)
-
-
-def test_saving_an_offloaded_model_is_refused(tmp_path: Path) -> None:
-    model = make_encoder()
-    with (
-        sida.offload(model, memory=0.5),
-        pytest.raises(RuntimeError, match=r"save_pretrained would leave them out: call close\(\)"),
-    ):
-        model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    assert list(tmp_path.glob("*.safetensors"))
-
-
 def test_calls_after_closing_raise() -> None:
     off = sida.offload(make_encoder(), memory=0.5)
     off.close()

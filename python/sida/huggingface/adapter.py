@@ -87,6 +87,16 @@ class ExpertAdapter(MoeAdapter, Protocol):
     def arrays(self, layer: int) -> list[ExpertArrays] | None:
         """Return every expert of a layer without copying it; None where its layout forbids that."""
 
+    def as_parameters(self, expert: int, arrays: ExpertArrays) -> dict[str, Tensor]:
+        """Return an expert's arrays as the family's parameters hold them.
+
+        They are named below the layer's experts; where all experts share a parameter, the expert's
+        part of it is [1, ...].
+        """
+
+    def experts(self, layer: int) -> nn.Module:
+        """Return the module that is a layer's experts now."""
+
     def install(
         self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
     ) -> None:

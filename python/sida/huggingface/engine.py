@@ -15,6 +15,7 @@ from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.expert_file import ExpertFile
 from sida.huggingface.pinned_experts import PinnedExperts
 from sida.layer import detached
+from sida.torch.experts_module import CLOSED
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 Memory = int | float | str
@@ -30,6 +31,14 @@ class ExpertSource(Protocol):
     """Whether closing gives the model its experts back."""
     staging_bytes: int
     """Memory that reading takes beside the cache."""
+
+    @property
+    def store(self) -> ExpertStore:
+        """The experts where they are kept now.
+
+        Raises:
+            RuntimeError: They were released.
+        """
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
         """Whether under this budget experts are used where the model has them.
@@ -76,40 +85,46 @@ class ModelExperts:
         self._adapter, self._config, self._folder = adapter, config, folder
         self._place, self.dtype = place, config.dtype
         self._moved: ExpertFile | PinnedExperts | None = None
+        self._store: ExpertStore | None = None
+
+    @property
+    def store(self) -> ExpertStore:
+        """The model's arrays, or where they were moved."""
+        return _kept(self._store)
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
         """Whether all experts fit the budget; not on a GPU, where all have slots."""
         if self._place.device != "cpu" or self._moved is not None:
             return False
-        cache = self._in_place(memory, policy)
-        return cache is not None and cache.in_place
+        store = self._in_place()
+        return store is not None and ExpertCache(store, memory, policy=policy).in_place
 
     def open(self, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache over the model's arrays if all fit, else over where they are moved."""
+        self._store = None  # one of arrays holds on to those that are to go
         if self._moved is None:
-            if self._place.device == "cpu":
-                cache = self._in_place(memory, policy)
-                if cache is not None and cache.in_place:
-                    return cache
-                del cache  # it holds on to the arrays that are to go
+            if self._place.device == "cpu" and self.fits_in_place(memory, policy):
+                self._store = self._in_place()
+                return self._place.cache(self.store, memory, policy)
             self._moved = self._move()
         try:
             if isinstance(self._moved, PinnedExperts):
-                store = self._moved.store
+                self._store = self._moved.store
             else:
-                store = ExpertStore.open(
+                self._store = ExpertStore.open(
                     self._moved.path,
                     layers=self._adapter.layer_names,
                     config=self._config,
                     interleaved=self._adapter.interleaved,
                 )
-            return self._place.cache(store, memory, policy)
+            return self._place.cache(self._store, memory, policy)
         except BaseException:
             self.release()
             raise
 
     def release(self) -> None:
         """Put the experts back where they were."""
+        self._store = None
         if self._moved is not None:
             self._moved.restore()
             self._moved = None
@@ -124,14 +139,15 @@ class ModelExperts:
             return PinnedExperts(self._adapter, self._config, self._place.device)
         return ExpertFile(self._adapter, self._folder)
 
-    def _in_place(self, memory: Memory, policy: str) -> ExpertCache | None:
+    def _in_place(self) -> ExpertStore | None:
+        """Return the model's own arrays; None where their layout forbids that."""
         experts = []
         for layer in range(len(self._adapter.layer_names)):
             arrays = self._adapter.arrays(layer)
             if arrays is None:
                 return None
             experts.append(arrays)
-        return ExpertCache(ExpertStore.from_arrays(self._config, experts), memory, policy=policy)
+        return ExpertStore.from_arrays(self._config, experts)
 
 
 class CheckpointExperts:
@@ -144,18 +160,28 @@ class CheckpointExperts:
         self._place, self.dtype = place, store.config.dtype
         self.staging_bytes = store.staging_bytes
 
+    @property
+    def store(self) -> ExpertStore:
+        """The checkpoint's experts."""
+        return _kept(self._store)
+
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
         """Never: a file's experts are not in memory."""
         return False
 
     def open(self, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache of the checkpoint's experts."""
-        assert self._store is not None
-        return self._place.cache(self._store, memory, policy)
+        return self._place.cache(self.store, memory, policy)
 
     def release(self) -> None:
         """Let go of the file."""
         self._store = None
+
+
+def _kept(store: ExpertStore | None) -> ExpertStore:
+    if store is None:
+        raise RuntimeError(CLOSED)
+    return store
 
 
 class Engine:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,21 +16,18 @@ import torch
 from torch import Tensor
 
 from sida.huggingface.adapter import ExpertAdapter, ExpertParameter
-
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""As safetensors calls them."""
-HEADER_ALIGNMENT = 64
+from sida.huggingface.progress import progress_bar
+from sida.huggingface.safetensors_file import make_header, write, write_tensor
 
 
 @dataclass(frozen=True)
 class _Saved:
     parameter: ExpertParameter
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    weight: Tensor
+    """On the meta device: its shape and dtype."""
     device: torch.device
     begin: int
-    end: int
+    """Of its bytes in the file."""
 
 
 class ExpertFile:
@@ -53,9 +49,8 @@ class ExpertFile:
         """
         parent = Path(folder) if folder is not None else Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
-        self._saved, self._moved, size = _plan(adapter), 0, 0
-        if self._saved:
-            size = self._saved[-1].end
+        header, self._saved = _plan(adapter)
+        self._moved, size = 0, sum(saved.weight.nbytes for saved in self._saved)
         _check_room(parent, size)
         self.path = (
             Path(tempfile.mkdtemp(prefix="sida-experts-", dir=parent)) / "experts.safetensors"
@@ -64,7 +59,7 @@ class ExpertFile:
         self._file: BinaryIO = self.path.open("w+b", buffering=0)
         self._discard = weakref.finalize(self, _remove, self._file, self.path.parent)
         try:
-            self._write(len(adapter.layer_names))
+            self._write(header, len(adapter.layer_names))
         except OSError as error:
             self.restore()
             raise OSError(
@@ -79,66 +74,48 @@ class ExpertFile:
 
     def restore(self) -> None:
         """Put equal weights back into the modules, and remove the file."""
-        for saved in self._saved[: self._moved]:
-            weight = _read(self._file, self._begin + saved.begin, saved).to(saved.device)
-            saved.parameter.replace(weight)
+        moved = self._saved[: self._moved]
+        size = sum(saved.weight.nbytes for saved in moved)
+        with progress_bar("Reading experts back", size) as bar:
+            for saved in moved:
+                saved.parameter.replace(_read(self._file, saved).to(saved.device))
+                bar.update(saved.weight.nbytes)
         self._discard()
 
-    def _write(self, layers: int) -> None:
-        header = {
-            saved.name: {
-                "dtype": DTYPES[saved.dtype],
-                "shape": saved.shape,
-                "data_offsets": [saved.begin, saved.end],
-            }
-            for saved in self._saved
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
-        _write(self._file, len(text).to_bytes(8, "little") + text)
-        self._begin = 8 + len(text)
+    def _write(self, header: bytes, layers: int) -> None:
+        write(self._file, header)
         each = len(self._saved) // layers
-        for layer in range(layers):
-            here = self._saved[layer * each : (layer + 1) * each]
-            for saved in here:
-                weight = saved.parameter.weight.detach().to("cpu").contiguous()
-                _write(self._file, weight.view(torch.uint8).numpy().data)
-            for saved in here:
-                empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
-                saved.parameter.replace(empty)
-                self._moved += 1
+        size = sum(saved.weight.nbytes for saved in self._saved)
+        with progress_bar("Moving experts to a file", size) as bar:
+            for layer in range(layers):
+                here = self._saved[layer * each : (layer + 1) * each]
+                for saved in here:
+                    write_tensor(self._file, saved.parameter.weight)
+                    bar.update(saved.weight.nbytes)
+                for saved in here:
+                    weight = saved.weight
+                    empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                    saved.parameter.replace(empty)
+                    self._moved += 1
 
 
-def _plan(adapter: ExpertAdapter) -> list[_Saved]:
-    saved, begin = [], 0
-    for layer, name in enumerate(adapter.layer_names):
-        for parameter in adapter.parameters(layer):
-            weight = parameter.weight
-            end = begin + weight.numel() * weight.element_size()
-            saved.append(
-                _Saved(
-                    parameter,
-                    f"{name}.{parameter.key}",
-                    tuple(weight.shape),
-                    weight.dtype,
-                    weight.device,
-                    begin,
-                    end,
-                )
-            )
-            begin = end
-    return saved
+def _plan(adapter: ExpertAdapter) -> tuple[bytes, list[_Saved]]:
+    """Return how the file begins and what follows."""
+    parameters = {
+        f"{name}.{parameter.key}": parameter
+        for layer, name in enumerate(adapter.layer_names)
+        for parameter in adapter.parameters(layer)
+    }
+    header, begins = make_header({name: found.weight for name, found in parameters.items()})
+    return header, [
+        _Saved(found, found.weight.detach().to("meta"), found.weight.device, begins[name])
+        for name, found in parameters.items()
+    ]
 
 
-def _write(file: BinaryIO, data: bytes | memoryview) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[file.write(view) :]
-
-
-def _read(file: BinaryIO, begin: int, saved: _Saved) -> Tensor:
-    weight = torch.empty(saved.shape, dtype=saved.dtype)
-    view = memoryview(weight.view(torch.uint8).numpy().data).cast("B")
+def _read(file: BinaryIO, saved: _Saved) -> Tensor:
+    weight = torch.empty(saved.weight.shape, dtype=saved.weight.dtype)
+    view, begin = memoryview(weight.view(torch.uint8).numpy().data).cast("B"), saved.begin
     while view:
         count = os.preadv(file.fileno(), [view], begin)
         if count == 0:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sida._core import HashTable
 from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.engine import Engine, ExpertSource, Memory
+from sida.huggingface.guards import Guards
+from sida.huggingface.layer_weights import LayerWeights
 from sida.huggingface.passes import Passes
 from sida.huggingface.tables import Tables
 from sida.stats import Stats, collect
@@ -63,8 +64,8 @@ class Offloaded:
             raise
         self._passes: Passes = Passes(adapter, tables, self._engine)
         self._passes.install()
-        if isinstance(model, PreTrainedModel):
-            model.__dict__["save_pretrained"] = _refuse_to_save
+        self._guards: Guards = Guards(model, adapter)
+        self._guards.install()
 
     @property
     def model(self) -> nn.Module:
@@ -183,6 +184,7 @@ class Offloaded:
             self._stop()
             self._passes.engine = None
             self._passes.remove()
+            self._guards.remove()
             if self._map_ready is not None:
                 self._map_ready.release()
             self._source.release()
@@ -191,7 +193,6 @@ class Offloaded:
                 self._passes.forget()
                 del self._adapter
             elif self._model is not None:
-                self._model.__dict__.pop("save_pretrained", None)
                 self._model.to(self._home)
 
     def __enter__(self) -> Offloaded:
@@ -254,6 +255,10 @@ class Offloaded:
 
         predicted = layer in self._predicted_layers()
         self._adapter.install(layer, compute, compute_predicted if predicted else None)
+        stand_in: Any = self._adapter.experts(layer)
+        stand_in.weights = LayerWeights(
+            self._adapter, self._source, layer, engine.cache.device, lambda: self._passes.turn
+        )
 
     def _stop(self) -> None:
         """Take the engine away from the layers."""
@@ -323,10 +328,3 @@ def _arguments(batch: Any) -> Mapping[str, Any] | None:
     if isinstance(batch, Mapping):
         return batch
     return {"input_ids": batch} if isinstance(batch, Tensor) else None
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        "the model's experts are offloaded, and save_pretrained would leave them out: call "
-        "close() on the handle of sida.offload first, or copy the checkpoint that was loaded"
-    )

@@ -241,11 +241,11 @@ class InterfaceAdapter:
 
     def has_experts(self) -> bool:
         """Whether no handle has taken the experts."""
-        return not any(isinstance(self._experts(i), InterfaceExperts) for i in self._layers())
+        return not any(isinstance(self.experts(i), InterfaceExperts) for i in self._layers())
 
     def parameters(self, layer: int) -> list[ExpertParameter]:
         """Return the stacks of up and down projections, and their biases."""
-        owner = self._own_experts.get(layer) or self._experts(layer)
+        owner = self._own_experts.get(layer) or self.experts(layer)
         return [
             ExpertParameter(owner, name, f"experts.{name}")
             for name in _names(self._form.gated, self._form.biased)
@@ -263,13 +263,29 @@ class InterfaceAdapter:
         up_bias, down_bias = biases or (none, none)
         return list(zip(up, down, up_bias, down_bias, strict=True))
 
+    def as_parameters(self, expert: int, arrays: ExpertArrays) -> dict[str, Tensor]:
+        """Return an expert's part of the stacks."""
+        up, down, *biases = (array for array in arrays if array is not None)
+        if self._form.interleaved:
+            up, *biases = (_interleave(up), *map(_interleave, biases[:1]), *biases[1:])
+        if self._form.transposed:
+            up, down = up.T, down.T
+        names = _names(self._form.gated, self._form.biased)
+        return {name: part[None] for name, part in zip(names, (up, down, *biases), strict=True)}
+
+    def experts(self, layer: int) -> nn.Module:
+        """Return the module that is a layer's experts now."""
+        module = getattr(self._parents[layer], self._children[layer])
+        assert isinstance(module, nn.Module)
+        return module
+
     def install(
         self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
     ) -> None:
         """Let `compute` stand in for a layer's experts."""
         if compute_predicted is not None:
             raise ValueError(NO_PREDICTOR)
-        experts = self._experts(layer)
+        experts = self.experts(layer)
         if not isinstance(experts, InterfaceExperts):
             self._own_experts[layer] = experts
             stand_in = InterfaceExperts(self._form).train(experts.training)
@@ -279,7 +295,7 @@ class InterfaceAdapter:
 
     def remove(self, layer: int) -> None:
         """Put the layer's own experts back."""
-        experts = self._experts(layer)
+        experts = self.experts(layer)
         if layer in self._own_experts:
             own = self._own_experts.pop(layer).train(experts.training)
             setattr(self._parents[layer], self._children[layer], own)
@@ -315,10 +331,10 @@ class InterfaceAdapter:
     def _layers(self) -> range:
         return range(len(self._parents))
 
-    def _experts(self, layer: int) -> nn.Module:
-        module = getattr(self._parents[layer], self._children[layer])
-        assert isinstance(module, nn.Module)
-        return module
+
+def _interleave(gate_up: Tensor) -> Tensor:
+    """Let rows of gate and up take turns, where the gate's came first."""
+    return torch.stack(gate_up.chunk(2), 1).flatten(0, 1)
 
 
 def _stack_of(name: str, modules: dict[str, nn.Module]) -> str:

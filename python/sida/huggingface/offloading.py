@@ -44,6 +44,10 @@ def offload(
     as before, `generate` included, and gives the same results: to the bit at every budget, policy
     and predictor. Inference only.
 
+    Meanwhile `save_pretrained` writes the experts one by one, as transformers would; `state_dict`
+    copies all of them to memory, if there is enough; and what would copy the model, or change the
+    dtype or device of its other weights alone, raises and says what to do.
+
     Args:
         model: A model of transformers; changed in place until the handle is closed.
         memory: Limit for experts over all layers: bytes (an int, "2GiB"), a share of all (0.2,

@@ -7,6 +7,7 @@ import torch
 
 from sida._core import ExpertStore, MoeConfig, PinnedLayers
 from sida.huggingface.adapter import ExpertAdapter
+from sida.huggingface.progress import progress_bar
 
 
 class PinnedExperts:
@@ -27,9 +28,13 @@ class PinnedExperts:
         self._pinned = PinnedLayers(config, device)
         self._devices: list[list[torch.device]] = []
         """Of the parameters of each layer that was moved."""
+        layers = len(adapter.layer_names)
+        self._layer_bytes = config.slab_bytes * config.experts
         try:
-            for layer in range(len(adapter.layer_names)):
-                self._move(layer)
+            with progress_bar("Pinning experts", self._layer_bytes * layers) as bar:
+                for layer in range(layers):
+                    self._move(layer)
+                    bar.update(self._layer_bytes)
         except BaseException:
             self.restore()
             raise
@@ -41,11 +46,14 @@ class PinnedExperts:
 
     def restore(self) -> None:
         """Put equal weights back into the modules, each where it was; frees the pinned memory."""
-        for layer, devices in enumerate(self._devices):
-            self._replace(layer, devices)
-            arrays = self._adapter.arrays(layer)
-            assert arrays is not None
-            self._pinned.give_back(layer, arrays)
+        size = self._layer_bytes * len(self._devices)
+        with progress_bar("Giving experts back", size) as bar:
+            for layer, devices in enumerate(self._devices):
+                self._replace(layer, devices)
+                arrays = self._adapter.arrays(layer)
+                assert arrays is not None
+                self._pinned.give_back(layer, arrays)
+                bar.update(self._layer_bytes)
         self._devices = []
 
     def _move(self, layer: int) -> None:

@@ -186,6 +186,15 @@ class SwitchAdapter:
             (up, down, None, None) for up, down in zip(weights[::2], weights[1::2], strict=True)
         ]
 
+    def as_parameters(self, expert: int, arrays: ExpertArrays) -> dict[str, Tensor]:
+        """Return `wi` and `wo` of an expert."""
+        return {f"expert_{expert}.wi.weight": arrays[0], f"expert_{expert}.wo.weight": arrays[1]}
+
+    def experts(self, layer: int) -> nn.Module:
+        """Return the module that is a layer's experts now."""
+        module: nn.Module = self._layers[layer].experts
+        return module
+
     def install(
         self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
     ) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sida.torch.stand_in import StandIn
 
 
-class ExpertsModule(nn.Module):
+class ExpertsModule(StandIn):
     """Stands where a model keeps a layer's experts; has no parameters.
 
     Checks what the experts' arithmetic cannot honour, then calls `compute`.
