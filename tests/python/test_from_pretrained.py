@@ -279,6 +279,20 @@ def test_offloading_what_was_loaded_is_refused(checkpoint: Path) -> None:
         sida.offload(off.model, memory=0.2)
 
 
+@pytest.mark.slow
+def test_a_hundred_loads_leave_nothing_behind(checkpoint: Path) -> None:
+    def cycle(count: int) -> list[int]:
+        """Threads and open files after so many handles."""
+        for _ in range(count):
+            with sida.from_pretrained(checkpoint, memory=0.25) as off:
+                run(off.model, make_batch())
+        gc.collect()
+        return [len(os.listdir(f"/proc/self/{name}")) for name in ("task", "fd")]
+
+    before = cycle(3)
+    assert cycle(100) == before
+
+
 def make_large(folder: Path) -> tuple[int, int]:
     """Write a checkpoint of about 400 MiB expert by expert; returns bytes of experts and others."""
     config = make_config(d_model=256, d_ff=1024, vocab_size=2000, num_experts=100, num_layers=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -142,6 +143,33 @@ next(results)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [0.25, 1.0])
+def test_a_thousand_handles_leave_nothing_behind(memory: Any, tmp_path: Path) -> None:
+    model, batch = make_encoder(), make_batch()
+    weights = {name: weight.clone() for name, weight in experts_of(model).items()}
+    size = sum(weight.nbytes for weight in weights.values())
+
+    def cycle(count: int) -> tuple[int, int, int]:
+        """Threads, open files and bytes of RAM after so many handles."""
+        for i in range(count):
+            with sida.offload(model, memory=memory, offload_dir=tmp_path):
+                if i % 10 == 0:
+                    run(model, batch)
+        gc.collect()
+        status = Path("/proc/self/status").read_text()
+        (resident,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
+        tasks, files = (len(os.listdir(f"/proc/self/{name}")) for name in ("task", "fd"))
+        return tasks, files, int(resident) * 1024
+
+    tasks, files, before = cycle(20)
+    *after, resident = cycle(1000)
+    print(f"{(resident - before) >> 10} KiB more after 1000 handles of {size >> 10} KiB of experts")
+    assert after == [tasks, files] and not list(tmp_path.iterdir())
+    assert resident - before < 20 * size
+    assert all(torch.equal(experts_of(model)[name], weight) for name, weight in weights.items())
 
 
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
