@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from switch_models import decoder_inputs, make_batch, make_seq2seq
 from torch import Tensor, nn
 
 BASE: dict[str, Any] = {
@@ -90,6 +91,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """By model type: the class to build, and what its config has beside BASE."""
+MODELS = ["switch", *FAMILIES]
+"""All families: those that follow transformers' experts interface, and Switch Transformers."""
 
 
 def make_family(family: str, seed: int = 0, **changes: Any) -> Any:
@@ -107,6 +110,18 @@ def make_family(family: str, seed: int = 0, **changes: Any) -> Any:
             elif ".gate." in key or ".router." in key:
                 parameter.data.normal_(std=0.5)
     return model.eval()
+
+
+def make_model(family: str) -> Any:
+    """A model of any of MODELS."""
+    return make_seq2seq() if family == "switch" else make_family(family)
+
+
+def make_inputs(family: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a model of MODELS takes when it is called, and when it generates."""
+    if family != "switch":
+        return make_prompt(), make_prompt()
+    return decoder_inputs(make_batch()), make_batch()
 
 
 def make_prompt(seed: int = 0, sentences: int = 3, length: int = 9) -> dict[str, Tensor]:

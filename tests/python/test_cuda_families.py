@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from family_models import FAMILIES, generate, make_family, make_prompt
+from family_models import MODELS, generate, make_inputs, make_model
 from gpu import needs_gpu
 from switch_models import experts_of, relative, run
 
@@ -19,22 +19,24 @@ import sida
 pytestmark = needs_gpu
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_offload_and_from_pretrained(family: str, tmp_path: Path) -> None:
-    model = make_family(family)
+    model = make_model(family)
     model.save_pretrained(tmp_path)
     model = model.to("cuda")
-    prompt = {name: value.to("cuda") for name, value in make_prompt().items()}
-    expected, tokens = run(model, prompt), generate(model, prompt)
+    batch, prompt = (
+        {name: value.to("cuda") for name, value in inputs.items()} for inputs in make_inputs(family)
+    )
+    expected, tokens = run(model, batch), generate(model, prompt)
     before = {name: weight.clone() for name, weight in experts_of(model).items()}
     for memory in ("1 expert", 0.25, 1.0):
         with sida.offload(model, memory=memory, device="cuda") as off:
-            assert relative(run(off.model, prompt), expected) <= 1e-5
+            assert relative(run(off.model, batch), expected) <= 1e-5
             assert generate(off.model, prompt) == tokens
             assert off.stats()["uses"] > 0
     after = experts_of(model)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     with sida.from_pretrained(tmp_path, memory=0.25, device="cuda") as off:
-        assert relative(run(off.model, prompt), expected) <= 1e-5
+        assert relative(run(off.model, batch), expected) <= 1e-5
         assert generate(off.model, prompt) == tokens

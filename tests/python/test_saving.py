@@ -14,19 +14,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from family_models import FAMILIES, make_family, make_prompt
+from family_models import MODELS, make_family, make_inputs, make_model
 from safetensors.torch import load_file, safe_open
-from switch_models import decoder_inputs, make_batch, make_encoder, make_seq2seq, relative, run
+from switch_models import make_batch, make_encoder, make_seq2seq, relative, run
 
 import sida
 from sida.huggingface import saving
 from sida.huggingface.layer_weights import LayerWeights
-
-MODELS = ["switch", *FAMILIES]
-
-
-def make(name: str) -> Any:
-    return make_seq2seq() if name == "switch" else make_family(name)
 
 
 def weights_in(folder: Path) -> dict[str, Any]:
@@ -49,7 +43,7 @@ def check_same(folder: Path, expected: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_transformers_saves_and_reads(name: str, dtype: Any, tmp_path: Path) -> None:
-    model = make(name).to(dtype)
+    model = make_model(name).to(dtype)
     model.save_pretrained(tmp_path / "original")
     for memory in ("1 expert", 1.0):
         with sida.offload(model, memory=memory):
@@ -60,9 +54,7 @@ def test_what_transformers_saves_and_reads(name: str, dtype: Any, tmp_path: Path
     read = type(model).from_pretrained(tmp_path / "original")
     read.save_pretrained(tmp_path / "theirs")  # some weights become float32 when they are read
     check_same(tmp_path / "loaded", tmp_path / "theirs")
-    batch = make_prompt()
-    if name == "switch":
-        batch = decoder_inputs(make_batch())
+    batch, _ = make_inputs(name)
     expected = run(read, batch)
     for folder in ("loaded", "1 expert"):
         again, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
