@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from family_models import MODELS, make_family, make_inputs, make_model
+from family_models import BASE, MODELS, make_family, make_inputs, make_model
 from safetensors.torch import load_file, safe_open
 from switch_models import make_batch, make_encoder, make_seq2seq, relative, run
 
@@ -99,6 +99,38 @@ def test_the_models_own_format_on_request(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "streamed", save_original_format=False)
     check_same(tmp_path / "streamed", tmp_path / "original")
     assert any(name.endswith("gate_up_proj") for name in weights_in(tmp_path / "streamed"))
+
+
+def test_a_conversion_that_asks_for_the_models_parameters(tmp_path: Path) -> None:
+    """Such as transposing a weight if its shape is not the parameter's."""
+    text = {
+        **BASE,
+        "head_dim": 8,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "original")
+    with sida.offload(model, memory=0.25):
+        model.save_pretrained(tmp_path / "streamed")
+    check_same(tmp_path / "streamed", tmp_path / "original")
+    with sida.from_pretrained(tmp_path / "original", memory=0.25) as off:
+        off.model.save_pretrained(tmp_path / "loaded")
+    type(model).from_pretrained(tmp_path / "original").save_pretrained(tmp_path / "theirs")
+    check_same(tmp_path / "loaded", tmp_path / "theirs")
 
 
 def test_a_part_of_the_model(tmp_path: Path) -> None:
