@@ -60,6 +60,9 @@ def test_state_dict_of_a_loaded_model(model: Any, tmp_path: Path) -> None:
     off.close()
     with pytest.raises(RuntimeError, match="closed"):
         loaded.state_dict()
+    with pytest.raises(RuntimeError, match="closed"):
+        loaded.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_state_dict_says_what_memory_it_would_take(

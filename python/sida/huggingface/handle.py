@@ -184,15 +184,15 @@ class Offloaded:
             self._stop()
             self._passes.engine = None
             self._passes.remove()
-            self._guards.remove()
             if self._map_ready is not None:
                 self._map_ready.release()
             self._source.release()
             if not self._source.restores:
                 self._model = None
                 self._passes.forget()
-                del self._adapter
+                del self._adapter, self._guards  # which stay: the model has no experts to save
             elif self._model is not None:
+                self._guards.remove()
                 self._model.to(self._home)
 
     def __enter__(self) -> Offloaded:
