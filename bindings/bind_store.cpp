@@ -35,7 +35,7 @@ Store open_store(const std::filesystem::path& path,
   const auto checkpoint = Checkpoint::open(path);
   const CheckpointExperts experts = find_experts(*checkpoint, search);
   return {std::make_shared<CheckpointStore>(checkpoint, experts), experts.config,
-          experts.layer_names, experts.layout};
+          experts.layer_names, experts.layout, experts.stored_bytes()};
 }
 
 // The arrays of the experts, kept as long as the store.
@@ -99,7 +99,7 @@ Store store_of_arrays(const MoeConfig& config, const py::sequence& layers) {
   }
   return {std::make_shared<ArrayStore>(config.layers, config.experts, layout.slab_bytes,
                                        std::move(parts), arrays),
-          config, names, "arrays"};
+          config, names, "arrays", bytes_of_slabs(config)};
 }
 
 // The parts of a layer's experts, in arrays in RAM or on a GPU, which `arrays` keeps.
@@ -166,7 +166,7 @@ void bind_store(py::module_& module) {
           [](const Store& self, double bytes_per_second, double latency_seconds) {
             return Store{
                 std::make_shared<ThrottledStore>(self.store, bytes_per_second, latency_seconds),
-                self.config, self.layer_names, self.layout};
+                self.config, self.layer_names, self.layout, self.stored_bytes};
           },
           py::kw_only(), py::arg("bytes_per_second"), py::arg("latency_seconds") = 0.0,
           "The same experts behind a link of the stated bandwidth and latency.")
@@ -174,6 +174,9 @@ void bind_store(py::module_& module) {
       .def_readonly("layer_names", &Store::layer_names)
       .def_readonly("layout", &Store::layout,
                     "How the checkpoint keeps its experts' tensors; \"arrays\" without one.")
+      .def_readonly("stored_bytes", &Store::stored_bytes,
+                    "Bytes that all experts take where they are read from: fewer than in slabs "
+                    "where they are packed there.")
       .def_property_readonly("slab_bytes",
                              [](const Store& self) { return self.store->slab_bytes(); })
       .def_property_readonly(

@@ -17,6 +17,7 @@
 #include "sida/cache/expert_store.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
+#include "sida/ffn/slab_layout.hpp"
 #include "sida/hash/hash_table.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
 #include "sida/schedule/replay.hpp"
@@ -33,8 +34,14 @@ struct Store {
   std::shared_ptr<ExpertStore> store;
   MoeConfig config;
   std::vector<std::string> layer_names;
-  std::string layout;  ///< of the tensors that slabs are read from
+  std::string layout;              ///< of the tensors that slabs are read from
+  std::uint64_t stored_bytes = 0;  ///< that all experts take where they are read from
 };
+
+/// Bytes that all experts take as slabs.
+inline std::uint64_t bytes_of_slabs(const MoeConfig& config) {
+  return static_cast<std::uint64_t>(config.total_experts()) * SlabLayout(config).slab_bytes;
+}
 
 class AnyExperts {
  public:

@@ -27,7 +27,7 @@ class PinnedModel : public AnyPinnedLayers {
   PinnedModel(const CudaBackend& backend, const MoeConfig& config)
       : layers_(std::make_shared<PinnedLayers>(backend, config.layers, config.experts,
                                                SlabLayout(config).slab_bytes)) {
-    store_ = {layers_, config, {}, "arrays"};
+    store_ = {layers_, config, {}, "arrays", bytes_of_slabs(config)};
     for (std::int32_t layer = 0; layer < config.layers; ++layer)
       store_.layer_names.push_back("layer" + std::to_string(layer));
   }

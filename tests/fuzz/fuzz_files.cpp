@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "fuzz/mutate.hpp"
+#include "io/raw_safetensors.hpp"
 #include "sida/hash/hash_predictor_cpu.hpp"
 #include "sida/io.hpp"
 #include "support/temporary_folder.hpp"
@@ -155,14 +156,51 @@ Format checkpoint(const std::filesystem::path& folder, const std::string& damage
           }};
 }
 
+/// A checkpoint of packed experts, of which the file with the weights is damaged.
+Format packed(const std::filesystem::path& folder, const RawSafetensors& raw, const char* config) {
+  std::ofstream(folder / "config.json") << config;
+  return {raw.bytes(), [folder](const auto& path) {
+            std::filesystem::remove(folder / "model.safetensors");
+            std::filesystem::copy_file(path, folder / "model.safetensors");
+            sida::CheckpointStore store(sida::Checkpoint::open(folder));
+            std::vector<std::byte> slab(std::min<std::size_t>(store.slab_bytes(), 1 << 20));
+            store.read({0, 0}, 0, slab);
+          }};
+}
+
+Format fp8(const std::filesystem::path& folder) {
+  RawSafetensors raw;
+  const std::vector<std::uint8_t> codes(8 * 4, 0x38);
+  for (const char* matrix : {"gate_proj", "up_proj", "down_proj"}) {
+    const std::string name = std::string("m.experts.0.") + matrix + ".weight";
+    const bool down = matrix == std::string("down_proj");
+    raw.add(name, "F8_E4M3", down ? "[4,8]" : "[8,4]", codes)
+        .add(name + "_scale_inv", "F32", down ? "[1,2]" : "[2,1]", std::vector<float>(2, 0.5f));
+  }
+  return packed(folder, raw, R"({"hidden_act":"silu","num_experts_per_tok":1,
+      "quantization_config":{"quant_method":"fp8","weight_block_size":[4,4]}})");
+}
+
+Format mxfp4(const std::filesystem::path& folder) {
+  RawSafetensors raw;
+  const auto bytes = [](std::size_t count) { return std::vector<std::uint8_t>(count, 0x7f); };
+  raw.add("m.experts.gate_up_proj_blocks", "U8", "[1,64,1,16]", bytes(1024))
+      .add("m.experts.gate_up_proj_scales", "U8", "[1,64,1]", bytes(64))
+      .add("m.experts.down_proj_blocks", "U8", "[1,32,1,16]", bytes(512))
+      .add("m.experts.down_proj_scales", "U8", "[1,32,1]", bytes(32));
+  return packed(folder, raw, R"({"model_type":"gpt_oss","num_experts_per_tok":1})");
+}
+
 Format make(const std::string& name, const std::filesystem::path& folder) {
   if (name == "safetensors") return safetensors(folder);
   if (name == "hash-table") return hash_table(folder);
   if (name == "predictor") return predictor(folder);
   if (name == "config") return checkpoint(folder, "config.json");
   if (name == "index") return checkpoint(folder, "model.safetensors.index.json");
-  throw std::invalid_argument("expected safetensors, hash-table, predictor, config or index; got " +
-                              name);
+  if (name == "fp8") return fp8(folder);
+  if (name == "mxfp4") return mxfp4(folder);
+  throw std::invalid_argument(
+      "expected safetensors, hash-table, predictor, config, index, fp8 or mxfp4; got " + name);
 }
 
 int run(const std::string& name, std::uint64_t runs, std::uint64_t seed) {

@@ -39,8 +39,14 @@ NOTES = {
     "phimoe": ("PhiMoE", ""),
     "granitemoe": ("GraniteMoE", "experts of a layer in one tensor"),
     "deepseek_v2": ("DeepSeek-V2", "shared experts and dense layers stay resident"),
-    "deepseek_v3": ("DeepSeek-V3", "shared experts and dense layers stay resident"),
-    "gpt_oss": ("gpt-oss", "biases; experts of a layer in one tensor, transposed"),
+    "deepseek_v3": (
+        "DeepSeek-V3",
+        "shared experts and dense layers stay resident; fp8 in blocks is dequantised on load",
+    ),
+    "gpt_oss": (
+        "gpt-oss",
+        "biases; experts of a layer in one tensor, transposed; MXFP4 is dequantised on load",
+    ),
 }
 """By model type: what people call the family, and what there is to say of it."""
 REASONS = {

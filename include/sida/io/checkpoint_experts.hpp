@@ -26,6 +26,14 @@ struct CheckpointExperts {
   std::vector<std::string> layer_names;  ///< the modules around `experts`, in model order
   std::string layout;  ///< of the tensors: name_of(ExpertLayout), or "stacked, transposed"
   std::vector<std::vector<ExpertTensor>> tensors;  ///< of expert [layer * experts + expert]
+
+  /// Bytes that all of them take in the files.
+  std::uint64_t stored_bytes() const noexcept {
+    std::uint64_t bytes = 0;
+    for (const std::vector<ExpertTensor>& expert : tensors)
+      for (const ExpertTensor& tensor : expert) bytes += sida::stored_bytes(tensor);
+    return bytes;
+  }
 };
 
 /// What find_experts is to look for.
@@ -33,7 +41,8 @@ struct ExpertSearch {
   std::vector<std::string> layers = {};  ///< these, in this order; empty: all that there are
   /// The shape that the tensors must have. Its activation, top_k and dtype are taken over.
   std::optional<MoeConfig> config = {};
-  std::optional<DataType> dtype = {};  ///< of the slabs; empty: config's, or else the tensors' own
+  /// Of the slabs; empty: config's, or else the tensors' own, bf16 where they are packed.
+  std::optional<DataType> dtype = {};
   /// Whether gate and up take turns in `gate_up_proj`; where config.json names a model in which
   /// they do, they are read so in any case.
   bool interleaved = false;
@@ -125,18 +134,20 @@ inline std::string describe_shape(const MoeConfig& config) {
          flag(config.up_bias, "up_bias") + flag(config.down_bias, "down_bias");
 }
 
-/// The dtype that all tensors have. @throws InvalidArgument if they differ.
+/// The dtype that all tensors have; bf16 where the matrices are packed, whatever their biases are.
+/// @throws InvalidArgument if they differ.
 inline DataType common_type(const std::vector<std::vector<ExpertTensor>>& experts) {
-  const DataType type = experts.front().front().type;
+  const ExpertTensor& matrix = experts.front().front();
+  if (matrix.scales) return DataType::bf16;
   for (const std::vector<ExpertTensor>& expert : experts) {
     for (const ExpertTensor& tensor : expert) {
-      SIDA_EXPECTS(tensor.type == type, "expected experts of one dtype, got " +
-                                            std::string(name_of(type)) + " and " +
-                                            std::string(name_of(tensor.type)) +
-                                            "; say which dtype they are to be read as");
+      SIDA_EXPECTS(tensor.type == matrix.type, "expected experts of one dtype, got " +
+                                                   std::string(name_of(matrix.type)) + " and " +
+                                                   std::string(name_of(tensor.type)) +
+                                                   "; say which dtype they are to be read as");
     }
   }
-  return type;
+  return matrix.type;
 }
 
 }  // namespace detail
@@ -150,13 +161,15 @@ inline DataType common_type(const std::vector<std::vector<ExpertTensor>>& expert
 inline CheckpointExperts find_experts(const Checkpoint& checkpoint,
                                       const ExpertSearch& search = {}) {
   const std::optional<ModelConfig>& model = checkpoint.model_config();
-  const bool interleaved = search.interleaved || (model && model->model_type == "gpt_oss");
-  const std::int32_t hidden_size = search.config ? search.config->hidden_size
-                                   : model       ? model->hidden_size.value_or(0)
-                                                 : 0;
+  ExpertHints hints{.assume_plain = search.config.has_value(),
+                    .interleaved = search.interleaved || (model && model->model_type == "gpt_oss")};
+  if (model && model->fp8_block) hints.fp8_block = *model->fp8_block;
+  hints.hidden_size = search.config ? search.config->hidden_size
+                      : model       ? model->hidden_size.value_or(0)
+                                    : 0;
   CheckpointExperts result;
   for (detail::LayerReader& layer : detail::collect_layers(checkpoint, search)) {
-    MoeConfig config = layer.read(hidden_size, search.config.has_value(), interleaved);
+    MoeConfig config = layer.read(hints);
     const bool first = result.layer_names.empty();
     config.layers = 1;
     if (first) {

@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -40,6 +41,10 @@ constexpr std::string_view name_of(ExpertLayout layout) noexcept {
 /// A matrix (or bias) of an expert. `gate_up` is gate and up in one tensor.
 enum class ExpertMatrix : std::uint8_t { gate, up, gate_up, down };
 
+/// What a tensor holds of a matrix: all of it, its bias, or, where it is packed, its codes in
+/// `blocks` (MXFP4) or `weight` (fp8) and the blocks' `scales`.
+enum class ExpertRole : std::uint8_t { weight, bias, blocks, scales };
+
 /// What the name of a tensor says when it lies under a module `experts`.
 struct ExpertTensorName {
   std::string layer;  ///< the part before ".experts"
@@ -47,7 +52,7 @@ struct ExpertTensorName {
   std::optional<ExpertLayout> layout;
   std::int64_t expert = -1;  ///< -1: all of them
   ExpertMatrix matrix = ExpertMatrix::up;
-  bool bias = false;
+  ExpertRole role = ExpertRole::weight;
 };
 
 /// @cond
@@ -92,6 +97,16 @@ inline constexpr MatrixName matrix_names[] = {
     {ExpertLayout::stacked, "down_proj", ExpertMatrix::down},
 };
 
+struct RoleName {
+  std::string_view name;
+  ExpertRole role;
+};
+inline constexpr RoleName separate_roles[] = {{"weight", ExpertRole::weight},
+                                              {"bias", ExpertRole::bias},
+                                              {"weight_scale_inv", ExpertRole::scales}};
+inline constexpr RoleName stacked_suffixes[] = {
+    {"_bias", ExpertRole::bias}, {"_blocks", ExpertRole::blocks}, {"_scales", ExpertRole::scales}};
+
 inline const MatrixName* find_matrix(std::string_view name, bool stacked) {
   for (const MatrixName& known : matrix_names)
     if (known.name == name && (known.layout == ExpertLayout::stacked) == stacked) return &known;
@@ -112,7 +127,8 @@ inline std::optional<ExpertTensorName> parse_granite_name(std::string_view name)
     if (!name.ends_with(end)) continue;
     name.remove_suffix(std::string_view(end).size());
     if (!name.ends_with(module)) return std::nullopt;
-    return ExpertTensorName{std::string(name), ExpertLayout::stacked, -1, matrix, false};
+    return ExpertTensorName{std::string(name), ExpertLayout::stacked, -1, matrix,
+                            ExpertRole::weight};
   }
   return std::nullopt;
 }
@@ -132,16 +148,23 @@ inline std::optional<ExpertTensorName> parse_expert_tensor_name(std::string_view
     result.layer += (part == parts.begin() ? "" : ".") + std::string(*part);
   parts.erase(parts.begin(), module);
   if (parts.size() == 1) {
-    constexpr std::string_view suffix = "_bias";
-    result.bias = parts[0].ends_with(suffix);
-    if (result.bias) parts[0].remove_suffix(suffix.size());
+    for (const auto& [suffix, role] : detail::stacked_suffixes) {
+      if (!parts[0].ends_with(suffix)) continue;
+      parts[0].remove_suffix(suffix.size());
+      result.role = role;
+      break;
+    }
     if (const auto* matrix = detail::find_matrix(parts[0], true)) {
       result.layout = matrix->layout;
       result.matrix = matrix->matrix;
     }
     return result;
   }
-  if (parts.size() != 3 || (parts[2] != "weight" && parts[2] != "bias")) return result;
+  if (parts.size() != 3) return result;
+  const auto* role =
+      std::find_if(std::begin(detail::separate_roles), std::end(detail::separate_roles),
+                   [&](const detail::RoleName& known) { return known.name == parts[2]; });
+  if (role == std::end(detail::separate_roles)) return result;
   constexpr std::string_view prefix = "expert_";
   const bool prefixed = parts[0].starts_with(prefix);
   if (prefixed) parts[0].remove_prefix(prefix.size());
@@ -152,7 +175,7 @@ inline std::optional<ExpertTensorName> parse_expert_tensor_name(std::string_view
   result.layout = matrix->layout;
   result.expert = *expert;
   result.matrix = matrix->matrix;
-  result.bias = parts[2] == "bias";
+  result.role = role->role;
   return result;
 }
 

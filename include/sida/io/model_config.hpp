@@ -22,6 +22,8 @@ struct ModelConfig {
   std::optional<std::int32_t> hidden_size;
   std::optional<std::string> activation;  ///< transformers' name for it
   std::optional<std::int32_t> top_k;
+  /// Rows and columns of the blocks of fp8 weights that share a scale.
+  std::optional<std::array<std::int64_t, 2>> fp8_block;
 };
 
 /// @cond
@@ -36,6 +38,26 @@ inline const nlohmann::json* find_key(const nlohmann::json& config,
   }
   const auto text = config.find("text_config");
   return text != config.end() && text->is_object() ? find_key(*text, keys) : nullptr;
+}
+
+/// quantization_config's weight_block_size of a model in fp8, if it is one. @throws IoError.
+inline std::optional<std::array<std::int64_t, 2>> fp8_block(const nlohmann::json& config,
+                                                            const std::string& path) {
+  const nlohmann::json* quantization = find_key(config, {"quantization_config"});
+  if (!quantization || !quantization->is_object() ||
+      quantization->value("quant_method", nlohmann::json()) != "fp8")
+    return std::nullopt;
+  const nlohmann::json size = quantization->value("weight_block_size", nlohmann::json());
+  const auto positive = [](const nlohmann::json& value) {
+    return value.is_number_unsigned() && value.get<std::uint64_t>() >= 1 &&
+           value.get<std::uint64_t>() <= INT32_MAX;
+  };
+  if (!size.is_array() || size.size() != 2 || !positive(size[0]) || !positive(size[1]))
+    throw IoError(path +
+                  ": expected quantization_config's weight_block_size to be two positive "
+                  "integers, as DeepSeek-V3 has them, got " +
+                  in_quotes(size.dump()) + "; fp8 with other scales is not supported");
+  return std::array{size[0].get<std::int64_t>(), size[1].get<std::int64_t>()};
 }
 
 }  // namespace detail
@@ -68,6 +90,7 @@ inline ModelConfig read_model_config(const std::filesystem::path& path) {
   config.hidden_size = integer({"hidden_size", "d_model"});
   config.activation = text({"hidden_act", "hidden_activation", "mlp_hidden_act", "dense_act_fn"});
   config.top_k = integer({"num_experts_per_tok"});
+  config.fp8_block = detail::fp8_block(json, config.path);
   return config;
 }
 

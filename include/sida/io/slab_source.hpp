@@ -13,7 +13,9 @@
 
 #include "sida/core/data_type.hpp"
 #include "sida/core/half.hpp"
+#include "sida/ffn/cpu/convert.hpp"
 #include "sida/ffn/slab_layout.hpp"
+#include "sida/io/block_scales.hpp"
 #include "sida/io/expert_tensors.hpp"
 #include "sida/io/safetensors.hpp"
 
@@ -40,7 +42,7 @@ inline SlabSource place_in_slab(const SlabLayout& layout, DataType type,
 
 /// Whether the tensor lies in its file as the slab wants it, so that it is read without a detour.
 inline bool is_plain(const ExpertTensor& tensor, DataType type) noexcept {
-  return tensor.type == type && !tensor.transposed;
+  return tensor.type == type && !tensor.transposed && !tensor.scales;
 }
 
 /// @cond
@@ -85,6 +87,36 @@ void convert_block(const std::byte* from, std::byte* to, std::int64_t rows, std:
   }
 }
 
+/// to[i] = number `first + i` of the packed `codes` times `scale`, converted. `to` need not be
+/// aligned.
+template <class To>
+void unpack_run(Packing packing, const std::byte* codes, std::int64_t first, std::int64_t count,
+                float scale, std::byte* to) noexcept {
+  const auto unpack = [&](auto number_at) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const To converted =
+          convert_element<To>(number_at(static_cast<std::size_t>(first + i)) * scale);
+      std::memcpy(to + static_cast<std::size_t>(i) * sizeof(To), &converted, sizeof(To));
+    }
+  };
+  if (packing == Packing::fp8)
+    return unpack(
+        [&](std::size_t i) { return e4m3_numbers[std::to_integer<std::size_t>(codes[i])]; });
+  unpack([&](std::size_t i) {
+    const auto pair = std::to_integer<std::size_t>(codes[i / 2]);
+    return e2m1_numbers[i % 2 == 0 ? pair & 15 : pair >> 4];
+  });
+}
+
+/// Element `index` of an array of scales in f32.
+inline float scale_at(DataType type, const std::byte* scales, std::int64_t index) noexcept {
+  const std::byte* from = scales + static_cast<std::size_t>(index) * size_of(type);
+  if (type == DataType::u8) return power_of_two(std::to_integer<std::uint8_t>(*from));
+  float scale = 0;
+  read_row(from, type, &scale, 1);
+  return scale;
+}
+
 /// Calls `function` with a value of the type that stands for `type`, a floating-point one.
 template <class Function>
 void with_element_type(DataType type, Function&& function) {
@@ -103,9 +135,9 @@ void with_element_type(DataType type, Function&& function) {
 }  // namespace detail
 /// @endcond
 
-/// Reads tensors that have another dtype than the slab or are stored transposed, through one buffer
-/// of bounded size. f64 goes to the 16-bit types by way of f32, as in PyTorch. Thread-safe: calls
-/// take turns at the buffer.
+/// Reads tensors that have another dtype than the slab, are packed or are stored transposed,
+/// through one buffer of bounded size. f64 goes to the 16-bit types by way of f32, as in PyTorch.
+/// Thread-safe: calls take turns at the buffer.
 class ConvertingReader {
  public:
   static constexpr std::size_t smallest_buffer = 64;  ///< bytes; room for some elements
@@ -144,6 +176,7 @@ class ConvertingReader {
   /// Elements [first, first + count) of the tensor in the slab's order.
   void read_elements(const ExpertTensor& tensor, std::int64_t first, std::int64_t count,
                      std::byte* to) {
+    if (tensor.scales) return read_packed(tensor, first, count, to);
     if (!tensor.transposed) return read_columns(tensor, first, count, 0, 1, to);
     while (count > 0) {  // the rest of a row, then rows, then the beginning of one
       const std::int64_t row = first / tensor.columns, column = first % tensor.columns;
@@ -156,6 +189,84 @@ class ConvertingReader {
       count -= rows * columns;
       to += static_cast<std::size_t>(rows * columns) * size_of(type_);
     }
+  }
+
+  void read_packed(const ExpertTensor& tensor, std::int64_t first, std::int64_t count,
+                   std::byte* to) {
+    const std::int64_t fit = packed_rows_that_fit(tensor);
+    while (count > 0) {  // as many whole rows as the buffer takes, or a run of one
+      const std::int64_t row = first / tensor.columns, column = first % tensor.columns;
+      const bool whole = fit > 0 && column == 0 && count >= tensor.columns;
+      const std::int64_t rows = whole ? std::min(fit, count / tensor.columns) : 1;
+      const std::int64_t columns =
+          whole ? tensor.columns
+                : std::min({count, tensor.columns - column, longest_packed_run(*tensor.scales)});
+      detail::with_element_type(type_, [&](auto target) {
+        unpack<decltype(target)>(tensor, row, rows, column, columns, to);
+      });
+      first += rows * columns;
+      count -= rows * columns;
+      to += static_cast<std::size_t>(rows * columns) * size_of(type_);
+    }
+  }
+
+  /// Rows of which codes and scales fit the buffer together; rows of scales are shared by as many
+  /// rows of codes as a block has, and one more is touched where these begin within a block.
+  std::int64_t packed_rows_that_fit(const ExpertTensor& tensor) const noexcept {
+    const BlockScales& scales = *tensor.scales;
+    const std::int64_t codes = tensor.columns / scales.codes_per_byte();
+    const std::int64_t of_scales = scales.columns * static_cast<std::int64_t>(size_of(scales.type));
+    const std::int64_t left = static_cast<std::int64_t>(buffer_bytes_) - codes - 2 * of_scales;
+    const std::int64_t more =
+        tensor.step * codes + (tensor.step * of_scales + scales.block_rows - 1) / scales.block_rows;
+    return left < 0 ? 0 : 1 + left / more;
+  }
+
+  /// Numbers of one row of which codes and scales fit the buffer together.
+  std::int64_t longest_packed_run(const BlockScales& scales) const noexcept {
+    const auto scale = static_cast<std::int64_t>(size_of(scales.type));
+    return (static_cast<std::int64_t>(buffer_bytes_) - 2 * scale) * scales.block_columns /
+           (scales.block_columns + scale);
+  }
+
+  /// A rectangle of a packed matrix: whole rows, or a run of one.
+  template <class To>
+  void unpack(const ExpertTensor& tensor, std::int64_t row, std::int64_t rows, std::int64_t column,
+              std::int64_t columns, std::byte* to) {
+    const BlockScales& scales = *tensor.scales;
+    const std::int64_t top = row * tensor.step, bottom = (row + rows - 1) * tensor.step;
+    const auto scale_of = [&](std::int64_t r, std::int64_t c) {
+      return r / scales.block_rows * scales.columns + c / scales.block_columns;
+    };
+    const std::int64_t first_scale = scale_of(top, column);
+    const std::int64_t scale_count = scale_of(bottom, column + columns - 1) - first_scale + 1;
+    const auto scale_size = static_cast<std::int64_t>(size_of(scales.type));
+    const std::byte* codes = buffer_.get() + scale_count * scale_size;
+    const std::int64_t per_byte = scales.codes_per_byte();
+    const std::int64_t first_byte = (top * tensor.columns + column) / per_byte;
+    const std::int64_t last_byte = (bottom * tensor.columns + column + columns - 1) / per_byte;
+    fill(*scales.file, scales.begin, first_scale * scale_size, scale_count * scale_size, 0);
+    fill(*tensor.file, tensor.begin, first_byte, last_byte - first_byte + 1,
+         scale_count * scale_size);
+    for (std::int64_t r = top; r <= bottom; r += tensor.step) {
+      for (std::int64_t c = column; c < column + columns;) {
+        const std::int64_t stop =
+            std::min(column + columns, (c / scales.block_columns + 1) * scales.block_columns);
+        const float scale =
+            detail::scale_at(scales.type, buffer_.get(), scale_of(r, c) - first_scale);
+        detail::unpack_run<To>(scales.packing, codes,
+                               r * tensor.columns + c - first_byte * per_byte, stop - c, scale, to);
+        to += static_cast<std::size_t>(stop - c) * sizeof(To);
+        c = stop;
+      }
+    }
+  }
+
+  /// Bytes [from, from + count) behind `begin` of a file, to the place `at` of the buffer.
+  void fill(const SafetensorsFile& file, std::uint64_t begin, std::int64_t from, std::int64_t count,
+            std::int64_t at) {
+    file.read(begin + static_cast<std::uint64_t>(from),
+              {buffer_.get() + at, static_cast<std::size_t>(count)});
   }
 
   /// A rectangle of the slab's part that the file holds column by column, each column `stride`

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from rich.table import Table
 
 import sida
 from sida.cli.output import Json, percent, print_json, report, user_errors
+from sida.packing import NAMES, packing_of, ratio_lost, what_is_lost
 from sida.stats import size
 
 SHARES = (0.1, 0.2, 0.5, 1.0)
@@ -22,9 +25,14 @@ LAYOUTS = {
     "per_expert": "one expert a module, gate_proj, up_proj and down_proj",
     "mixtral": "one expert a module, w1, w2 and w3 (Mixtral)",
     "stacked": "all experts of a layer stacked in one tensor",
-    "stacked, transposed": "all experts of a layer stacked in one tensor, transposed",
+    "interleaved": "gate and up taking turns",
+    **NAMES,
 }
+"""Words of a store's layout, and what they mean."""
+FP8 = "F8_E4M3"
+FP8_SCALES = ".weight_scale_inv"
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 @user_errors
@@ -48,7 +56,7 @@ def inspect(
         str | None,
         typer.Option(
             help="What the experts would be kept and computed in: f32, f16 or bf16; by default as "
-            "stored.",
+            "stored, bf16 where they are packed.",
             show_default=False,
         ),
     ] = None,
@@ -89,8 +97,10 @@ def inspect_checkpoint(
     total = config.total_experts
     prefixes = tuple(f"{name}.experts." for name in store.layer_names)
     tensors = _tensors(path)
-    experts = [sizes for name, sizes in tensors.items() if name.startswith(prefixes)]
-    others = [sizes for name, sizes in tensors.items() if not name.startswith(prefixes)]
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    parameters = {
+        name: tensor.elements for name, tensor in others.items() if not name.endswith(FP8_SCALES)
+    }
     budgets = [memory] if memory is not None else _budgets(total, store.slab_bytes)
     return {
         "path": str(path),
@@ -108,9 +118,13 @@ def inspect_checkpoint(
         "expert_bytes": store.slab_bytes,
         "all_experts_bytes": total * store.slab_bytes,
         "staging_bytes": store.staging_bytes,
-        "other_bytes": sum(stored for _, stored in others),
-        "expert_parameters": sum(count for count, _ in experts),
-        "other_parameters": sum(count for count, _ in others),
+        "stored_bytes": store.stored_bytes,
+        "packing": packing_of(store),
+        "ratio_lost": ratio_lost(store) if packing_of(store) else None,
+        "what_is_lost": what_is_lost(store),
+        "other_bytes": sum(others[name].bytes_loaded(config.dtype) for name in parameters),
+        "expert_parameters": total * _parameters(config),
+        "other_parameters": sum(parameters.values()),
         "budgets": [_budget(store, total, budget) for budget in budgets],
     }
 
@@ -146,8 +160,26 @@ def _transformers_dtype(path: Path) -> str | None:
     return DTYPES.get(named) if isinstance(named, str) else None
 
 
-def _tensors(path: Path) -> dict[str, tuple[int, int]]:
-    """Elements and bytes of each tensor, from the headers that opening the store has checked."""
+def _parameters(config: sida.MoeConfig) -> int:
+    """Of an expert."""
+    rows = config.intermediate_size * (2 if config.gated else 1)
+    biases = rows * config.up_bias + config.hidden_size * config.down_bias
+    return (rows + config.intermediate_size) * config.hidden_size + biases
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    elements: int
+    stored_bytes: int
+
+    def bytes_loaded(self, dtype: str) -> int:
+        """Bytes in memory: what is in fp8 is dequantised."""
+        return self.elements * BYTES[dtype] if self.dtype == FP8 else self.stored_bytes
+
+
+def _tensors(path: Path) -> dict[str, _Tensor]:
+    """Each tensor, from the headers that opening the store has checked."""
     files = [path]
     if path.is_dir():
         index = path / "model.safetensors.index.json"
@@ -157,18 +189,15 @@ def _tensors(path: Path) -> dict[str, tuple[int, int]]:
         else:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             files = [path / shard for shard in sorted(set(shards))]
-    tensors: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, _Tensor] = {}
     for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, tensor in header.items():
             if name == "__metadata__":
                 continue
-            count = 1
-            for extent in tensor["shape"]:
-                count *= extent
             begin, end = tensor["data_offsets"]
-            tensors[name] = count, end - begin
+            tensors[name] = _Tensor(tensor["dtype"], math.prod(tensor["shape"]), end - begin)
     return tensors
 
 
@@ -181,7 +210,7 @@ def _show(found: dict[str, Any]) -> None:
     gate = "gated, " if found["gated"] else ""
     for name, value in (
         ("checkpoint", found["path"]),
-        ("layout", LAYOUTS.get(found["layout"], found["layout"])),
+        ("layout", ", ".join(LAYOUTS.get(word, word) for word in found["layout"].split(", "))),
         ("MoE layers", f"{len(layers)}: {_shortened(layers)}"),
         (
             "experts",
@@ -226,7 +255,7 @@ def _budget_table(found: dict[str, Any]) -> Table:
 
 
 def _remarks(found: dict[str, Any]) -> list[str]:
-    remarks = []
+    remarks = [found["what_is_lost"]] if found["what_is_lost"] else []
     if found["staging_bytes"]:
         remarks.append(
             f"Reading converts through a buffer of {size(found['staging_bytes'])}: it comes on top "

@@ -18,6 +18,8 @@ from sida.huggingface.adapter import refuse_wrong_upstream
 
 EXPERT_KEYS = r"\.experts\.|\.block_sparse_moe\.(in|out)put_linear\."
 """Of a checkpoint; such weights are not loaded into a model without experts."""
+SCALE_KEYS = r"\.weight_scale_inv$"
+"""Of a checkpoint in fp8: scales of weights that are loaded without them."""
 
 
 class _WhileLoading(type):
@@ -61,7 +63,7 @@ def without_experts(model_class: Any, config: Any) -> Iterator[None]:
         base: Any = type(built)
         own = base.__dict__.get("_keys_to_ignore_on_load_unexpected")
         had_own = "_keys_to_ignore_on_load_unexpected" in base.__dict__
-        ignored = [*(base._keys_to_ignore_on_load_unexpected or ()), EXPERT_KEYS]
+        ignored = [*(base._keys_to_ignore_on_load_unexpected or ()), EXPERT_KEYS, SCALE_KEYS]
         try:
             for kind, made in patched.items():
                 setattr(sys.modules[kind.__module__], kind.__name__, made)

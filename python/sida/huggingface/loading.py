@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,15 +13,17 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import safe_open
-from torch import nn
+from transformers import PreTrainedModel
 
 from sida._core import ExpertStore
 from sida.huggingface import checks
 from sida.huggingface.adapter import ExpertAdapter, find_adapter
-from sida.huggingface.building import without_experts
+from sida.huggingface.building import EXPERT_KEYS, without_experts
 from sida.huggingface.engine import CheckpointExperts, Memory, Place
 from sida.huggingface.handle import Offloaded
+from sida.huggingface.packed import dequantise, is_quantised, without_quantisation
 from sida.huggingface.tables import open_tables
+from sida.packing import what_is_lost
 
 if TYPE_CHECKING:
     from sida import HashPredictor, HashTable
@@ -28,17 +31,20 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "device_map": "sida decides where weights go; use device=",
-    "quantization_config": "sida offloads float32, float16 and bfloat16",
+    "quantization_config": "the checkpoint's own, fp8 in blocks or MXFP4, is dequantised on load",
     "load_in_8bit": "sida offloads float32, float16 and bfloat16",
     "load_in_4bit": "sida offloads float32, float16 and bfloat16",
     "state_dict": "experts are read from the checkpoint",
     "torch_dtype": "use dtype=",
+    "output_loading_info": "it returns a handle",
 }
 
 LAYER_OF_EXPERT = re.compile(
     r"(.*?)(?:\.experts\.|(?<=\.block_sparse_moe)\.(?:in|out)put_linear\.)"
 )
 """A tensor of experts in a checkpoint, and what comes before: the name of its layer."""
+
+logger = logging.getLogger("sida")
 
 
 def from_pretrained(
@@ -62,12 +68,16 @@ def from_pretrained(
     Memory holds the other weights, which transformers loads as ever, and `memory` worth of experts;
     never all of them. `handle.model` is the model.
 
+    Weights in fp8 with scales of blocks (DeepSeek-V3) and in MXFP4 (gpt-oss) are dequantised into
+    `dtype` as they are read; a warning of the logger `sida` says what compression that gives up.
+
     Args:
         path: A folder with config.json and safetensors files, one or in shards; or the name of a
             model of the hub that is in its local cache.
         memory: As in `sida.offload`.
         device: As in `sida.offload`.
-        dtype: Of weights and computation: "auto" (the checkpoint's), or a torch dtype or its name.
+        dtype: Of weights and computation: "auto" (the checkpoint's; where that is packed and does
+            not say, bfloat16), or a torch dtype or its name.
         model_class: Class of transformers to load; by default the one that the checkpoint's config
             names.
         routing: As in `sida.offload`.
@@ -81,7 +91,7 @@ def from_pretrained(
 
     Raises:
         OSError: The checkpoint is missing, damaged, or not in safetensors files.
-        ValueError: As in `sida.offload`.
+        ValueError: As in `sida.offload`; or the checkpoint is quantised in another way.
     """
     checks.warn_of_untested_transformers()
     checks.check_options(
@@ -97,9 +107,9 @@ def from_pretrained(
     folder = _find_folder(path)
     _check_folder(folder)
     config = hf_kwargs.get("config") or transformers.AutoConfig.from_pretrained(folder)
-    chosen = model_class or _class_of(config)
-    with without_experts(chosen, config):
-        model: nn.Module = chosen.from_pretrained(folder, dtype=dtype, **hf_kwargs)
+    model = _load_without_experts(
+        folder, model_class or _class_of(config), config, dtype, hf_kwargs
+    )
     adapter = find_adapter(model)
     kind = checks.DTYPES.get(_dtype_of(model))
     if kind is None:
@@ -113,6 +123,8 @@ def from_pretrained(
         config=adapter.config(kind),
         interleaved=adapter.interleaved,
     )
+    if lost := what_is_lost(store):
+        logger.warning(lost)
     return Offloaded(
         model,
         adapter,
@@ -125,6 +137,25 @@ def from_pretrained(
         threads=threads,
         skip_padding=skip_padding,
     )
+
+
+def _load_without_experts(
+    folder: Path, model_class: Any, config: Any, dtype: str | torch.dtype, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Have transformers load the rest of the model, and dequantise what is packed of it."""
+    kwargs = {**kwargs, "output_loading_info": True}
+    if is_quantised(config):
+        own = {name: value for name, value in kwargs.items() if hasattr(config, name)}
+        plain = without_quantisation(config, own)
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        kwargs["config"] = plain
+        if dtype == "auto" and plain.dtype is None:
+            dtype = torch.bfloat16
+    with without_experts(model_class, kwargs.get("config") or config):
+        model, report = model_class.from_pretrained(folder, dtype=dtype, **kwargs)
+    dequantise(model, folder, config, EXPERT_KEYS, report["unexpected_keys"])
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _find_folder(path: str | os.PathLike[str]) -> Path:
@@ -192,5 +223,6 @@ def _class_of(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
+def _dtype_of(model: PreTrainedModel) -> torch.dtype:
+    kind: torch.dtype = next(model.parameters()).dtype
+    return kind
