@@ -231,7 +231,7 @@ class Engine:
                     "routing is predicted where the stack of a layer is entered: call the model "
                     "or its encoder, not a layer by itself"
                 )
-            return torch.zeros_like(hidden)
+            return hidden.new_zeros(hidden.shape)
         out: Tensor = self._layers[layer].forward_predicted(self._input(hidden))
         return out.to(hidden.dtype)
 

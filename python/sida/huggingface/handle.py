@@ -122,7 +122,7 @@ class Offloaded:
 
     def reset_stats(self) -> None:
         """Begin statistics, trace and recorded routing anew."""
-        with self._passes.turn:
+        with self._passes.turn():
             self._open_engine().scheduler.reset_stats()
             self._passes.reset()
 
@@ -156,7 +156,7 @@ class Offloaded:
         Raises:
             ValueError: The budget cannot be right; nothing has changed then.
         """
-        with self._passes.turn:
+        with self._passes.turn():
             if not self._open_engine().cache.in_place:
                 self._open_engine().scheduler.resize(memory)
             elif not self._source.fits_in_place(memory, self._policy):
@@ -178,7 +178,7 @@ class Offloaded:
         """
         if self._engine is not None:
             self._engine.scheduler.stop()  # not in turn: a source may be waiting for it
-        with self._passes.turn:
+        with self._passes.turn():
             if self._engine is None:
                 return
             self._stop()
@@ -257,7 +257,7 @@ class Offloaded:
         self._adapter.install(layer, compute, compute_predicted if predicted else None)
         stand_in: Any = self._adapter.experts(layer)
         stand_in.weights = LayerWeights(
-            self._adapter, self._source, layer, engine.cache.device, lambda: self._passes.turn
+            self._adapter, self._source, layer, engine.cache.device, lambda: self._passes.turn()
         )
 
     def _stop(self) -> None:
@@ -292,7 +292,7 @@ class Offloaded:
         try:
             while True:
                 ready.acquire()  # not in turn: other calls go on while the source is slow
-                with self._passes.turn:
+                with self._passes.turn():
                     self._open_engine()
                     if not scheduler.next_batch():
                         return

@@ -41,8 +41,8 @@ def offload(
     experts follow transformers' experts interface; predictors are for Switch's encoder. The experts
     are written to one file, layer by layer, and read as they are needed; if all fit, they stay
     where they are. For a GPU they move, layer by layer, to pinned memory. The model is then called
-    as before, `generate` included, and gives the same results: to the bit at every budget, policy
-    and predictor. Inference only.
+    as before, `generate` and `torch.compile` included, and gives the same results: to the bit at
+    every budget, policy and predictor. Inference only.
 
     Meanwhile `save_pretrained` writes the experts one by one, as transformers would; `state_dict`
     copies all of them to memory, if there is enough; and what would copy the model, or change the

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,17 @@ from sida._core import HashTable, batch_key
 from sida.huggingface.adapter import ExpertAdapter, Stack
 from sida.huggingface.engine import Engine
 from sida.huggingface.tables import Tables
+from sida.huggingface.turn import Turn
+from sida.torch import operators
+from sida.torch.experts_module import CLOSED
 
+READ = ("input_ids", "inputs_embeds", "attention_mask")
+"""Arguments of a stack that name its batch."""
+EXPORTED = (
+    "torch.export would leave the experts behind, which sida keeps: close() the handle and export "
+    "the model as it was, or use torch.compile, which leaves them where they are"
+)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 DECODER_KEY = 0x9E3779B97F4A7C15
 """Tells a decoder's pass from an encoder's over the same tokens."""
 
@@ -89,8 +98,10 @@ def empty_table(layers: int, key: int) -> HashTable:
 class Passes:
     """Makes every call of a model's stacks a pass; calls from several threads take turns.
 
+    In a graph that is being compiled, operators begin and end the pass.
+
     Attributes:
-        turn: Held during a pass.
+        turn: Had during a pass.
         engine: None when closed.
         ahead_key: Key of the pass that was begun for the batch about to come, if one was.
         count: Passes since `reset`.
@@ -98,10 +109,11 @@ class Passes:
     """
 
     def __init__(self, adapter: ExpertAdapter, tables: Tables | None, engine: Engine) -> None:
-        self.turn = threading.RLock()
+        self.turn = Turn()
         self.engine: Engine | None = engine
         self.ahead_key: int | None = None
         self._adapter, self._tables = adapter, tables
+        self._number = operators.register(self)
         self.reset()
 
     def reset(self) -> None:
@@ -110,9 +122,9 @@ class Passes:
 
     def install(self) -> None:
         """Wrap the stacks' forward, on the instances."""
-        for stack in self._adapter.stacks():
+        for place, stack in enumerate(self._adapter.stacks()):
             # not by hooks: those are not told of a KeyboardInterrupt
-            stack.module.forward = self._wrapped(stack, stack.module.forward)
+            stack.module.forward = self._wrapped(place, stack, stack.module.forward)
 
     def remove(self) -> None:
         """Unwrap the stacks' forward."""
@@ -131,24 +143,56 @@ class Passes:
             return None, empty_table(layers, 0)
         return batch.key, self._build(batch) or empty_table(layers, batch.key)
 
-    def _wrapped(self, stack: Stack, forward: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(forward)
+    def begin_compiled(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        stack: int,
+    ) -> None:
+        """Begin the pass of a compiled stack; see `sida.torch.operators`."""
+        arguments = dict(zip(READ, (input_ids, inputs_embeds, attention_mask), strict=True))
+        with self.turn():
+            engine = self.engine
+            if engine is None:
+                raise RuntimeError(CLOSED)
+            self._enter(engine, self._adapter.stacks()[stack], arguments)
+            self.turn.lend(engine.scheduler.end_pass)
+
+    def end_compiled(self) -> None:
+        """End the pass of a compiled stack."""
+        self.turn.give_back()
+
+    def _wrapped(self, place: int, stack: Stack, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(forward).parameters)
 
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.turn:
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            if is_exporting():
+                raise RuntimeError(EXPORTED)
+            if torch.compiler.is_dynamo_compiling():
+                read = [arguments.get(name) for name in READ]
+                read = [value if isinstance(value, Tensor) else None for value in read]
+                operators.begin_pass(operators.ORDER, *read, self._number, place)
+                output = forward(*args, **kwargs)
+                operators.end_pass(operators.ORDER, self._number)
+                return output
+            with self.turn():
                 engine = self.engine
                 if engine is None:
                     return forward(*args, **kwargs)
-                engine.follow_threads()
-                arguments = signature.bind_partial(*args, **kwargs).arguments
-                self._begin(engine, stack, read_batch(arguments, self._adapter.embed))
+                self._enter(engine, stack, arguments)
                 try:
                     return forward(*args, **kwargs)
                 finally:
                     engine.scheduler.end_pass()
 
         return run
+
+    def _enter(self, engine: Engine, stack: Stack, arguments: Mapping[str, Any]) -> None:
+        engine.follow_threads()
+        self._begin(engine, stack, read_batch(arguments, self._adapter.embed))
 
     def _begin(self, engine: Engine, stack: Stack, batch: StackBatch | None) -> None:
         ahead, self.ahead_key = self.ahead_key, None

@@ -206,12 +206,11 @@ class SwitchAdapter:
             stand_in = SwitchExperts(self.num_experts, config.dropout_rate)
             mlp.experts = stand_in.train(mlp.training)
         mlp.experts.compute = compute
+        mlp.experts.compute_predicted = compute_predicted
         if compute_predicted is not None:
 
             def forward(hidden_states: Tensor) -> Tensor:
-                rows: Tensor = mlp.experts.predicted(
-                    hidden_states.flatten(0, -2), compute_predicted
-                )
+                rows: Tensor = mlp.experts.predicted(hidden_states.flatten(0, -2))
                 return rows.view_as(hidden_states)
 
             mlp.forward = forward
@@ -224,7 +223,7 @@ class SwitchAdapter:
             training = mlp.training
             mlp.experts = self._own_experts.pop(layer).train(training)
         elif isinstance(mlp.experts, SwitchExperts):
-            mlp.experts.compute = None
+            mlp.experts.compute = mlp.experts.compute_predicted = None
 
     # What predictors ask for.
 

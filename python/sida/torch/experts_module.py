@@ -8,16 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sida.torch import operators
 from sida.torch.stand_in import StandIn
 
 
 class ExpertsModule(StandIn):
     """Stands where a model keeps a layer's experts; has no parameters.
 
-    Checks what the experts' arithmetic cannot honour, then calls `compute`.
+    Checks what the experts' arithmetic cannot honour, then calls `compute`; in a graph that is
+    being compiled, through an operator of `sida.torch.operators`.
 
     Attributes:
         compute: (hidden states [T, H], ids [T, k], weights [T, k]) to [T, H]; None when closed.
+        compute_predicted: The same without a router, where the layer is routed by hash table.
         num_experts: Experts of the layer.
         dropout: Share that the original experts drop in training.
     """
@@ -25,7 +28,9 @@ class ExpertsModule(StandIn):
     def __init__(self, num_experts: int, dropout: float) -> None:
         super().__init__()
         self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.compute_predicted: Callable[[Tensor], Tensor] | None = None
         self.num_experts, self.dropout = num_experts, dropout
+        self._number = operators.register(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts' weighted sum for every token.
@@ -34,14 +39,32 @@ class ExpertsModule(StandIn):
             RuntimeError: Gradients or dropout are wanted, or the handle was closed.
         """
         self._check(hidden_states, top_k_weights)
+        if torch.compiler.is_dynamo_compiling():
+            out: Tensor = operators.experts(
+                operators.ORDER, hidden_states, top_k_index, top_k_weights, self._number
+            )
+            return out
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def predicted(self, hidden_states: Tensor) -> Tensor:
+        """Compute by hash table, with the same checks as `forward`."""
+        self._check(hidden_states)
+        if torch.compiler.is_dynamo_compiling():
+            out: Tensor = operators.predicted_experts(operators.ORDER, hidden_states, self._number)
+            return out
+        return self.run_predicted(hidden_states)
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute, with nothing left to check but whether the handle was closed."""
         if self.compute is None:
             raise RuntimeError(CLOSED)
         return self.compute(hidden_states, top_k_index, top_k_weights)
 
-    def predicted(self, hidden_states: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Compute by hash table, with the same checks as `forward`."""
-        self._check(hidden_states)
-        return compute(hidden_states)
+    def run_predicted(self, hidden_states: Tensor) -> Tensor:
+        """Compute by hash table, as `run`."""
+        if self.compute_predicted is None:
+            raise RuntimeError(CLOSED)
+        return self.compute_predicted(hidden_states)
 
     def extra_repr(self) -> str:
         """Return what repr(model) shows."""

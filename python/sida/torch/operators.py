@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled graph calls of an offloaded model, as operators of torch.
+
+A graph has neither locks nor Python objects; its operators find the handle and the layer by number.
+They do more than their results show (a pass begins, experts are loaded and counted), so all of them
+are declared to write to one tensor, `ORDER`: none is left out, and they run in the model's order.
+
+None goes into a CUDA graph: a replay would repeat the kernels of a call, not the decisions about
+which experts are brought.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+with torch.inference_mode(False):  # to be written to outside inference mode, too
+    ORDER = torch.zeros(1, dtype=torch.int64, device="cpu")
+"""Stands for all that the operators change; nothing is ever read from it or written to it."""
+
+
+class CompiledPasses(Protocol):
+    """Begins and ends the passes of a handle."""
+
+    def begin_compiled(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        stack: int,
+    ) -> None:
+        """Begin a stack's pass, in turn; it lasts until `end_compiled`, or the call's end."""
+
+    def end_compiled(self) -> None:
+        """End the pass that this thread began."""
+
+
+class CompiledExperts(Protocol):
+    """Computes the experts of a layer."""
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute them as the router chose."""
+
+    def run_predicted(self, hidden_states: Tensor) -> Tensor:
+        """Compute them as the pass's hash table says."""
+
+
+_numbers = itertools.count(1)
+_owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def register(owner: CompiledPasses | CompiledExperts) -> int:
+    """Return the number by which operators find `owner` while it lives."""
+    number = next(_numbers)
+    _owners[number] = owner
+    return number
+
+
+def _owner(number: int) -> Any:
+    owner = _owners.get(number)
+    if owner is None:
+        raise RuntimeError(
+            "this graph was compiled for an offloaded model that is gone: compile the model again"
+        )
+    return owner
+
+
+def _operator(name: str, schema: str) -> Callable[[_Function], Any]:
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # before it, ORDER keeps them out
+    return torch.library.custom_op(
+        f"sida::{name}",
+        mutates_args=("order",),
+        schema=schema,
+        **({} if unsafe is None else {"tags": [unsafe]}),
+    )
+
+
+@_operator(
+    "begin_pass",
+    "(Tensor(a!) order, Tensor? input_ids, Tensor? inputs_embeds, Tensor? attention_mask, "
+    "int handle, int stack) -> ()",
+)
+def begin_pass(
+    order: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    handle: int,
+    stack: int,
+) -> None:
+    """Begin a pass."""
+    passes: CompiledPasses = _owner(handle)
+    passes.begin_compiled(input_ids, inputs_embeds, attention_mask, stack)
+
+
+@_operator("end_pass", "(Tensor(a!) order, int handle) -> ()")
+def end_pass(order: Tensor, handle: int) -> None:
+    """End the pass that this thread began."""
+    passes: CompiledPasses = _owner(handle)
+    passes.end_compiled()
+
+
+@_operator(
+    "experts",
+    "(Tensor(a!) order, Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, "
+    "int layer) -> Tensor",
+)
+def experts(
+    order: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: int
+) -> Tensor:
+    """Compute the experts of a layer: [T, H], [T, k] and [T, k] to [T, H]."""
+    owner: CompiledExperts = _owner(layer)
+    return owner.run(hidden_states, top_k_index, top_k_weights)
+
+
+@_operator("predicted_experts", "(Tensor(a!) order, Tensor hidden_states, int layer) -> Tensor")
+def predicted_experts(order: Tensor, hidden_states: Tensor, layer: int) -> Tensor:
+    """Compute the experts of a layer by hash table: [T, H] to [T, H]."""
+    owner: CompiledExperts = _owner(layer)
+    return owner.run_predicted(hidden_states)
+
+
+def _nothing(order: Tensor, *arguments: Any) -> None:
+    return None
+
+
+def _rows(order: Tensor, hidden_states: Tensor, *arguments: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+for operator, fake in (
+    (begin_pass, _nothing),
+    (end_pass, _nothing),
+    (experts, _rows),
+    (predicted_experts, _rows),
+):
+    operator.register_fake(fake)
