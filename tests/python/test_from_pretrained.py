@@ -195,7 +195,7 @@ def test_a_pickled_checkpoint_is_told_how_to_be_converted(checkpoint: Path) -> N
     file = checkpoint / "model.safetensors"
     torch.save(load_file(file), checkpoint / "pytorch_model.bin")
     file.unlink()
-    with pytest.raises(OSError, match=r"pickle \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(OSError, match=rf"pickle \(pytorch_model.bin\).*sida convert {checkpoint} "):
         sida.from_pretrained(checkpoint, memory=0.2)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import sida
+from sida.cli.convert import convert
 from sida.cli.demo import demo
 from sida.cli.doctor import doctor
 from sida.cli.inspect import inspect
@@ -51,6 +52,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     inspect: (
         "sida inspect models/wordnet-switch-32",
         "sida inspect models/wordnet-switch-32 --memory 20% --dtype f32",
+    ),
+    convert: (
+        "sida convert switch-base-128 switch-base-128-safetensors",
+        "sida convert IN OUT --max-shard-size 500MB",
     ),
     demo: ("sida demo", "sida demo --memory 10% --plot demo.png"),
     doctor: ("sida doctor", "sida doctor --json"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,8 +210,7 @@ def _check_folder(folder: Path) -> None:
     if pickled:
         raise OSError(
             f"{folder} has its weights in a pickle ({pickled[0]}), which cannot be read expert by "
-            "expert; convert it once: "
-            "Model.from_pretrained(folder).save_pretrained(new_folder), which writes safetensors"
+            f"expert; convert it once: sida convert {shlex.quote(str(folder))} NEW_FOLDER"
         )
     raise FileNotFoundError(f"expected *.safetensors files in {folder}, found none")
 

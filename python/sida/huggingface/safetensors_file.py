@@ -64,6 +64,9 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
 
 def write(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write all of `data` where the file, which is unbuffered, stands."""
-    view = memoryview(data).cast("B")
+    view = memoryview(data)
+    if view.nbytes == 0:
+        return  # of no shape that can be cast
+    view = view.cast("B")
     while view:
         view = view[file.write(view) :]
