@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from family_models import MODELS, generate, make_inputs, make_model
 from gpu import needs_gpu
+from safetensors.torch import load_file
 from switch_models import experts_of, relative, run
 
 import sida
@@ -40,3 +41,20 @@ def test_offload_and_from_pretrained(family: str, tmp_path: Path) -> None:
     with sida.from_pretrained(tmp_path, memory=0.25, device="cuda") as off:
         assert relative(run(off.model, batch), expected) <= 1e-5
         assert generate(off.model, prompt) == tokens
+
+
+@pytest.mark.parametrize("family", ["switch", "mixtral", "granitemoe", "gpt_oss"])
+def test_saving_what_is_pinned(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path / "original")
+    state = model.state_dict()
+    expected = load_file(tmp_path / "original" / "model.safetensors")
+    with sida.offload(model, memory=0.25, device="cuda"):
+        model.save_pretrained(tmp_path / "streamed")
+        copied = model.state_dict()
+        with pytest.raises(RuntimeError, match=r"computed on cuda:0, .* cpu: close\(\)"):
+            model.to("cpu")
+    saved = load_file(tmp_path / "streamed" / "model.safetensors")
+    assert saved.keys() == expected.keys() and copied.keys() == state.keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in expected.items())
+    assert all(torch.equal(copied[name].cpu(), state[name].cpu()) for name in experts_of(model))
