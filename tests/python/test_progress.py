@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ import sida
 from sida.huggingface import progress
 
 BARS = ("Moving experts to a file", "Saving weights", "Reading experts back")
+
+
+@pytest.fixture(autouse=True)
+def bars_are_on() -> Iterator[None]:
+    """Whatever other tests in this process have done to transformers' switch."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    (logging.enable_progress_bar if were_on else logging.disable_progress_bar)()
 
 
 def offload_and_save(folder: Path) -> None:
@@ -53,8 +63,5 @@ def test_transformers_switch_turns_bars_off(
 ) -> None:
     monkeypatch.setattr(progress, "DELAY", 0.0)
     logging.disable_progress_bar()
-    try:
-        offload_and_save(tmp_path)
-    finally:
-        logging.enable_progress_bar()
+    offload_and_save(tmp_path)
     assert capfd.readouterr().err == ""

@@ -230,21 +230,27 @@ def test_adapters_alone_are_saved_of_a_model_with_adapters(tmp_path: Path) -> No
     assert all("lora" in name for name in weights_in(tmp_path))
 
 
-def test_a_weight_that_is_not_written_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda name: None if ".0.w2." in name else name, "expected to save .* bytes of weights"),
+        (lambda name: name.replace(".0.w2.", ".one.w2."), "expected one place for .*found 0"),
+    ],
+)
+def test_a_conversion_that_nobody_foresaw_is_an_error(
+    wrong: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert = saving.revert_weight_conversion
 
-    def lose(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-        planned = next(iter(weights.values())).is_meta
+    def convert_experts_wrongly(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
         converted = convert(model, weights)
-        return {k: w for k, w in converted.items() if planned or ".0.w2." not in k}
+        if next(iter(weights.values())).is_meta:  # where the places are found out
+            return converted
+        return {new: w for name, w in converted.items() if (new := wrong(name))}
 
     model = make_family("mixtral")
-    monkeypatch.setattr(saving, "revert_weight_conversion", lose)
-    with (
-        sida.offload(model, memory=0.25),
-        pytest.raises(RuntimeError, match=r"expected to save .* bytes of weights, got"),
-    ):
+    monkeypatch.setattr(saving, "revert_weight_conversion", convert_experts_wrongly)
+    message += ".*save_original_format=False"
+    with sida.offload(model, memory=0.25), pytest.raises(RuntimeError, match=message):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -33,6 +33,10 @@ REFUSED = {
 }
 """Arguments of save_pretrained that are not taken while experts are offloaded."""
 
+UNKNOWN = (
+    "transformers converts these experts in a way that sida does not know; "
+    "save_original_format=False saves them as the model has them"
+)
 FORMAT = {"format": "pt"}
 """What transformers wants a file to say of itself."""
 
@@ -166,9 +170,7 @@ class _Shards:
         """
         if self._written != self.size:
             raise RuntimeError(
-                f"expected to save {self.size:,} bytes of weights, got {self._written:,}: "
-                "transformers converts these experts in a way that sida does not know; "
-                "save_original_format=False saves them as the model has them"
+                f"expected to save {self.size:,} bytes of weights, got {self._written:,}: {UNKNOWN}"
             )
         if self._split.is_sharded:
             index = {
@@ -272,5 +274,7 @@ def _place(
         for place, word in enumerate(words)
         if word == "0"
     }
-    (own,) = names & places.keys()
-    return own, 0
+    found = names & places.keys()
+    if len(found) != 1:
+        raise RuntimeError(f"expected one place for {name}, found {len(found)}: {UNKNOWN}")
+    return found.pop(), 0
