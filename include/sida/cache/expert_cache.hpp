@@ -137,6 +137,13 @@ class ExpertCache {
   /// Whether the end of a lease is to be signalled: somebody waits for a slot.
   void want_slot_locked(bool wanted) noexcept { slot_wanted_ = wanted; }
   std::int64_t slots_locked() const noexcept { return std::ssize(slots_); }
+  /// Experts that are resident or loading.
+  std::vector<ExpertId> held_locked() const {
+    std::vector<ExpertId> ids;
+    for (const Slot& slot : slots_)
+      if (slot.state != State::empty) ids.push_back(slot.id);
+    return ids;
+  }
   /// Slots that are neither leased nor loading.
   std::int64_t unpinned_locked() const noexcept {
     std::int64_t count = 0;

@@ -44,37 +44,54 @@ inline std::vector<std::vector<LayerUses>> uses_of(const HashTable& routing) {
   return batches;
 }
 
-/// The fewest loads with which `slots` slots can serve the uses, one after the other: Belady's
-/// rule, which knows the whole trace and evicts what is used furthest in the future.
+namespace detail {
+
+/// The experts of the layer at a step of the walk through all batches.
+inline std::vector<ExpertId> needed(const std::vector<std::vector<LayerUses>>& batches,
+                                    std::int64_t step) {
+  const std::int64_t layers = std::ssize(batches[0]);
+  const auto layer = static_cast<std::int32_t>(step % layers);
+  std::vector<ExpertId> ids;
+  for (const std::int32_t expert :
+       batches[static_cast<std::size_t>(step / layers)][static_cast<std::size_t>(layer)].experts)
+    ids.push_back({layer, expert});
+  return ids;
+}
+
+}  // namespace detail
+
+/// The fewest loads with which `slots` slots can serve the uses: Belady's rule, which knows the
+/// whole trace and evicts what is used furthest in the future. What a layer needs it may have in
+/// any order, so experts that are there are used before others take their slots.
 inline std::int64_t belady_loads(const std::vector<std::vector<LayerUses>>& batches,
                                  std::int64_t slots) {
-  std::vector<ExpertId> uses;
-  for (const auto& layers : batches)
-    for (std::size_t layer = 0; layer < layers.size(); ++layer)
-      for (const std::int32_t expert : layers[layer].experts)
-        uses.push_back({static_cast<std::int32_t>(layer), expert});
-  constexpr std::size_t never = std::numeric_limits<std::size_t>::max();
-  std::vector<std::size_t> next(uses.size(), never);
-  std::map<ExpertId, std::size_t> seen;
-  for (std::size_t i = uses.size(); i-- > 0;) {
-    if (const auto later = seen.find(uses[i]); later != seen.end()) next[i] = later->second;
-    seen[uses[i]] = i;
-  }
-  std::map<ExpertId, std::size_t> next_use;           // of the resident experts
-  std::set<std::pair<std::size_t, ExpertId>> by_use;  // the same, by time
+  using Step = std::int64_t;
+  constexpr Step never = std::numeric_limits<Step>::max();
+  std::map<ExpertId, std::vector<Step>> steps;  // of each expert's uses, descending
+  const auto layers = static_cast<Step>(batches.empty() ? 0 : batches[0].size());
+  for (Step step = std::ssize(batches) * layers; step-- > 0;)
+    for (const ExpertId id : detail::needed(batches, step)) steps[id].push_back(step);
+
+  std::set<std::pair<Step, ExpertId>> by_use;  // the resident experts, by their next use
+  const auto use = [&](ExpertId id) {
+    std::vector<Step>& left = steps[id];
+    left.pop_back();
+    by_use.insert({left.empty() ? never : left.back(), id});
+  };
   std::int64_t loads = 0;
-  for (std::size_t i = 0; i < uses.size(); ++i) {
-    if (const auto found = next_use.find(uses[i]); found != next_use.end()) {
-      by_use.erase({found->second, uses[i]});
-    } else {
-      ++loads;
-      if (std::ssize(by_use) == slots) {
-        next_use.erase(by_use.rbegin()->second);
-        by_use.erase(std::prev(by_use.end()));
-      }
+  for (Step step = 0; step < std::ssize(batches) * layers; ++step) {
+    std::vector<ExpertId> missing;
+    for (const ExpertId id : detail::needed(batches, step)) {
+      if (by_use.erase({step, id}) > 0)
+        use(id);
+      else
+        missing.push_back(id);
     }
-    next_use[uses[i]] = next[i];
-    by_use.insert({next[i], uses[i]});
+    for (const ExpertId id : missing) {
+      ++loads;
+      if (std::ssize(by_use) == slots) by_use.erase(std::prev(by_use.end()));
+      use(id);
+    }
   }
   return loads;
 }

@@ -5,10 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <optional>
+#include <utility>
 
 #include "sida/cache/expert_cache.hpp"
+#include "sida/schedule/eviction_outlook.hpp"
 #include "sida/schedule/offload_plan.hpp"
 
 namespace sida {
@@ -16,15 +17,18 @@ namespace sida {
 /// The uses that hash tables foretell, in the order of the walk through the layers, and which of
 /// them is to be fetched next. Guarded by the cache's mutex.
 ///
-/// A prefetch takes a free slot, or that of an expert which is used later than itself. What is
-/// brought early holds a slot for longer, so where slots are short a prefetch reaches only `reach`
-/// uses ahead; or one pass, if its victim is used later than everything that the uses in between
-/// leave behind, because then Belady's rule would evict it at that time, too.
+/// A prefetch takes a free slot, or that of an expert which is used later than itself and leaves
+/// before that use in any case, see EvictionOutlook; so it comes early, but moves no byte twice.
+/// Where the use is not sure the outlook is not either: the nearest `reach` uses may take the slot
+/// of any expert that is used later.
 template <class Cache>
 class PrefetchQueue {
  public:
   /// Uses that are less probable than `threshold` bring nothing early.
-  PrefetchQueue(Cache& cache, double threshold) : cache_(cache), threshold_(threshold) {}
+  PrefetchQueue(Cache& cache, double threshold)
+      : cache_(cache),
+        threshold_(threshold),
+        outlook_(cache.store().layers(), cache.store().experts()) {}
 
   double threshold() const noexcept { return threshold_; }
 
@@ -35,6 +39,7 @@ class PrefetchQueue {
     const auto place = std::upper_bound(uses_.begin(), uses_.end(), plan.front().step, later);
     if (place != uses_.end()) begin_anew();
     uses_.insert(place, plan.begin(), plan.end());
+    is_outlook_old_ = true;
   }
   /// Whether a table asked for the expert at `step`, the step at hand.
   bool asked_for(ExpertId id, std::int64_t step) const {
@@ -48,6 +53,7 @@ class PrefetchQueue {
   }
   void drop_from(std::int64_t step) {
     while (!uses_.empty() && uses_.back().step >= step) uses_.pop_back();
+    is_outlook_old_ = true;
     begin_anew();
   }
   /// A load of the expert failed: none of the uses foretold so far brings it early.
@@ -64,15 +70,13 @@ class PrefetchQueue {
     for (; scanned_ < uses_.size(); ++scanned_) {
       const PlannedUse& use = uses_[scanned_];
       if (cache_.residency_locked(use.id) == Cache::Residency::absent) {
-        const bool is_near = static_cast<std::int64_t>(scanned_) < reach;
+        const bool is_near = use.probability < 1 && static_cast<std::int64_t>(scanned_) < reach;
         const bool in_pass = use.step <= forecast.now() + cache_.store().layers();
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
-          const double next = forecast.expected_use(victim);
-          return next > static_cast<double>(use.step) && is_planned_later(victim, use.step) &&
-                 (is_near || (in_pass && next >= latest_return_));
+          return forecast.expected_use(victim) > static_cast<double>(use.step) &&
+                 is_planned_later(victim, use.step) && (is_near || (in_pass && leaves(victim)));
         });
       }
-      latest_return_ = std::max(latest_return_, forecast.expected_use_after(use.id, use.step));
     }
     return std::nullopt;
   }
@@ -80,7 +84,6 @@ class PrefetchQueue {
   /// What is absent again has to be looked at again.
   void begin_anew() {
     scanned_ = 0;
-    latest_return_ = -std::numeric_limits<double>::infinity();
     regretted_ = cache_.regretted_locked();
   }
 
@@ -92,11 +95,19 @@ class PrefetchQueue {
     return !planned || *planned > step;
   }
 
+  // The outlook is taken once for each plan: experts that made way since are gone from it, too.
+  bool leaves(ExpertId victim) {
+    if (std::exchange(is_outlook_old_, false))
+      outlook_.look(uses_, cache_.held_locked(), cache_.slots_locked(), cache_.forecast());
+    return outlook_.leaves(victim, cache_.forecast().next_use(victim, threshold_));
+  }
+
   Cache& cache_;
   double threshold_;
   std::deque<PlannedUse> uses_;
   std::size_t scanned_ = 0;  // uses at the front whose experts are there or under way
-  double latest_return_ = -std::numeric_limits<double>::infinity();  // of these, after their use
+  EvictionOutlook outlook_;
+  bool is_outlook_old_ = true;
   std::uint64_t regretted_ = 0;
 };
 

@@ -22,8 +22,8 @@ namespace sida {
 struct TransferOptions {
   int threads = 2;                     ///< loads under way at once
   std::size_t chunk_bytes = 4u << 20;  ///< a demand waits for at most one chunk a thread
-  /// Where slots are short: for how many uses ahead of the computation, prefetched or demanded,
-  /// experts make way that are used again sooner than those. Fewer with few slots.
+  /// For how many uses ahead of the computation experts make way for a use that is not sure, even
+  /// if they would have stayed otherwise. Fewer with few slots.
   std::int64_t uses_ahead = 4;
   double threshold = 0.4;  ///< experts wanted less surely are not brought early
 };
@@ -171,7 +171,7 @@ class TransferQueue {
     return false;
   }
 
-  // Uses ahead of the computation for which other experts make way: with few slots fewer.
+  // `uses_ahead`, fewer with few slots.
   std::int64_t reach() const noexcept {
     return std::min(options_.uses_ahead,
                     std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 6));
@@ -179,7 +179,7 @@ class TransferQueue {
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
   bool is_fair(const Request& request, ExpertId victim) {
-    if (request.awaited->backlog < std::max<std::int64_t>(reach(), 1)) return true;
+    if (request.awaited->backlog < 1) return true;
     const UseForecast& forecast = cache_.forecast();
     return forecast.expected_use(victim) >= forecast.expected_use_after(request.id, forecast.now());
   }
