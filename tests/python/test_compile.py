@@ -44,7 +44,7 @@ def compiled(model: Any, backend: str = "aot_eager") -> Any:
 
 
 ONE_LAYER = {"num_layers": 1, "num_sparse_encoder_layers": 1}
-COUNTS = ("passes", "tokens", "uses", "hits", "late", "misses")
+COUNTS = ("passes", "tokens", "uses")  # what was late depends on threads
 
 
 def counts(off: sida.Offloaded) -> dict[str, Any]:
