@@ -13,6 +13,10 @@ from typer.testing import CliRunner
 import sida
 from sida.cli.app import app
 from sida.cli.replay import load_recording
+from sida.huggingface.adapter import find_adapter
+from sida.huggingface.engine import CheckpointExperts, Place
+from sida.huggingface.handle import Offloaded
+from sida.huggingface.tables import open_tables
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,9 +24,10 @@ REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / "models" / "wordnet-switch-32"
 TRACE = REPOSITORY / "benchmarks" / "traces" / "wordnet-switch-32.safetensors"
 POLICIES = ["auto", "lru", "lfu", "fifo"]
+LINK = "10485760B/s"
 
 
-def run(*arguments: str | Path) -> str:
+def run(*arguments: str | int | Path) -> str:
     result = CliRunner().invoke(app, ["replay", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -36,41 +41,80 @@ def error_of(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(0)
     batches = []
-    for rows in (1, 2, 3, 2, 1, 3, 2, 1):
-        ids = torch.randint(3, 8000, (rows, 9), generator=generator)
+    for rows in (1, 2, 1, 2, 1, 2):  # few words, so that no two policies move the same bytes
+        ids = torch.randint(3, 30, (rows, 4), generator=generator)
         mask = torch.ones_like(ids)
-        mask[-1, 6:] = 0  # padding is computed too, and so it is brought
+        mask[-1, 3:] = 0  # padding is computed too, and so it is brought
         batches.append({"input_ids": ids, "attention_mask": mask})
     return batches
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_bytes_of_a_run_without_tables_are_foretold(
+def test_bytes_and_stall_of_a_run_without_tables_are_foretold(
     policy: str, batches: list[dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    path = tmp_path / "trace.safetensors"
-    stats = one_run(policy, batches, path)
-    options = (path, "--memory", "20%", "--policy", policy, "--ahead", "0", "--json")
-    (row,) = json.loads(run(*options))["rows"]
-    assert row["slots"] == stats["slots"]
-    assert row["uses"] == stats["uses"]
-    # A busy machine computes late, and an expert or another goes or stays that would not have;
-    # with a slow tier that sets the pace they are equal, as the engine's own test shows.
-    assert abs(row["bytes_moved"] - stats["bytes_moved"]) <= 0.05 * stats["bytes_moved"]
+    check_against_runs(batches, tmp_path / "trace.safetensors", policy=policy)
 
 
-def one_run(policy: str, batches: list[dict[str, torch.Tensor]], trace: Path) -> sida.Stats:
-    encoder = transformers.SwitchTransformersEncoderModel
-    with (
-        sida.from_pretrained(MODEL, memory=0.2, policy=policy, model_class=encoder) as off,
-        torch.no_grad(),
-    ):
-        for batch in batches:
-            off.model(**batch)
-        off.record(trace)
-        return off.stats()
+def test_bytes_and_stall_of_a_run_with_tables_are_foretold(
+    batches: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    with slow_encoder("auto") as off:
+        table = tmp_path / "table.safetensors"
+        list(off.map(batches))
+        off.record(table)
+    check_against_runs(batches, tmp_path / "trace.safetensors", policy="auto", table=table)
+
+
+def check_against_runs(
+    batches: list[dict[str, torch.Tensor]], trace: Path, *, policy: str, table: Path | None = None
+) -> None:
+    """Hold `sida replay` of what a run recorded against the run.
+
+    Bringing an expert takes many times as long as computing it, so the link and not the machine
+    sets the pace. A machine that stops this process for long beside that still makes a run of its
+    own, and so one of a few has to agree.
+    """
+    ahead = 0 if table is None else 16
+    options = ("--memory", "20%", "--policy", policy, "--ahead", ahead, "--bandwidth", LINK)
+    seen = []
+    for _ in range(6):
+        with slow_encoder(policy, table) as off:
+            list(off.map(batches, ahead=max(1, ahead)))
+            off.record(trace)
+            stats = off.stats()
+        (row,) = json.loads(run(trace, *options, "--json"))["rows"]
+        assert (row["slots"], row["uses"]) == (stats["slots"], stats["uses"])
+        seen.append([(of["bytes_moved"], of["stall_seconds"]) for of in (row, stats)])
+        (foretold_bytes, foretold_stall), (real_bytes, real_stall) = seen[-1]
+        if foretold_bytes == real_bytes and abs(foretold_stall - real_stall) <= 0.1 * real_stall:
+            return
+    pytest.fail(f"(bytes, stall) foretold and real: {seen}")
+
+
+def slow_encoder(policy: str, table: Path | None = None) -> Offloaded:
+    """Return a handle on the model whose experts come over a link that takes 25 ms for one."""
+    model = transformers.SwitchTransformersEncoderModel.from_pretrained(MODEL).eval()
+    adapter = find_adapter(model)
+    store = sida.ExpertStore.open(
+        MODEL, layers=adapter.layer_names, dtype="f32", config=adapter.config("f32")
+    )
+    rate = store.slab_bytes / 0.025
+    assert f"{rate:.0f}B/s" == LINK
+    return Offloaded(
+        model,
+        adapter,
+        CheckpointExperts(store.throttled(bytes_per_second=rate), Place("cpu")),
+        memory="20%",
+        routing="exact",
+        tables=open_tables(table, adapter),
+        policy=policy,
+        threads=None,
+        skip_padding=False,
+        device="cpu",
+    )
 
 
 def test_every_combination_is_a_row_and_holds_together(tmp_path: Path) -> None:
