@@ -41,12 +41,14 @@ def error_of(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+    # Two words a batch: a layer needs no more experts than are read at once, so that it does not
+    # matter which of two reads that end together is the first. No two policies move the same bytes.
+    generator = torch.Generator().manual_seed(1)
     batches = []
-    for rows in (1, 2, 1, 2, 1, 2):  # few words, so that no two policies move the same bytes
-        ids = torch.randint(3, 30, (rows, 4), generator=generator)
+    for batch in range(14):
+        ids = torch.randint(3, 30, (1, 2), generator=generator)
         mask = torch.ones_like(ids)
-        mask[-1, 3:] = 0  # padding is computed too, and so it is brought
+        mask[0, 1] = batch % 5 != 4  # padding is computed too, and so it is brought
         batches.append({"input_ids": ids, "attention_mask": mask})
     return batches
 
