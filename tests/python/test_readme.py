@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The snippets of the README run as they stand there."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,27 @@ def test_cpp_snippet(code: str, tmp_path: Path) -> None:
         ["cmake", "--build", tmp_path / "build", "--target", "app"], check=True, timeout=300
     )
     subprocess.run([tmp_path / "build" / "app"], check=True, cwd=ROOT, timeout=60)
+
+
+def test_every_command_exists() -> None:
+    from sida.cli.app import app
+
+    known = {command.name for command in app.registered_commands}
+    named = set(re.findall(r"`sida ([a-z-]+)", README))
+    assert named == known
+    scripts = set(re.findall(r"\bscripts/[a-z-]+", README))
+    assert {"scripts/demo", "scripts/test"} <= scripts
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+
+
+def test_the_programs_are_as_short_as_they_promise() -> None:
+    examples = ROOT / "examples" / "cpp"
+    program = (examples / "run_checkpoint.cpp").read_text(encoding="utf-8")
+    assert len(program.splitlines()) < 100
+    assert re.findall('#include "(.*)"', program) == ["sida/io.hpp", "sida/sida.hpp"]
+    policy = (examples / "own_policy.cpp").read_text(encoding="utf-8")
+    own = re.findall(r"^class .*?^static_assert.*?$", policy, flags=re.MULTILINE | re.DOTALL)
+    assert len(own) == 1 and len(own[0].splitlines()) < 30
 
 
 def test_every_linked_file_exists() -> None:

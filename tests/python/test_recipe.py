@@ -145,3 +145,28 @@ def test_grouped_experts_compute_what_transformers_does(trained: Path) -> None:
         after = encoder(input_ids=ids).last_hidden_state
     assert torch.linalg.norm(grouped - expected) <= 1e-6 * torch.linalg.norm(expected)
     assert torch.equal(after, expected)
+
+
+def test_the_committed_model_is_what_its_card_says() -> None:
+    model = RECIPE.parents[1] / "models" / "wordnet-switch-32"
+    card = (model / "README.md").read_text(encoding="utf-8")
+    held_out = json.loads((model / "metrics.json").read_text())["held_out"]
+    predictor = json.loads((model / "predictor.json").read_text())
+    linear = json.loads((RECIPE / "baseline.json").read_text())["best accuracy"]
+
+    def percents(shares: list[float]) -> str:
+        return ", ".join(f"{100 * share:.1f}" for share in shares)
+
+    assert f"**{100 * held_out['accuracy']:.2f} %**" in card and f"{100 * linear:.2f} %" in card
+    assert f"| {percents(held_out['largest share of tokens'])} |" in card
+    lstm = predictor["lstm kind, not committed"]
+    for top in ("top1", "top3"):
+        assert f"| {percents(predictor[top])} | {percents(lstm[top])} |" in card
+    assert f"| {100 * predictor['accuracy kept']:.2f} % |" in card
+
+    assert held_out["accuracy"] > linear
+    assert len(held_out["experts used"]) >= 4 and min(held_out["experts used"]) >= 0.75 * 32
+    assert max(held_out["largest share of tokens"]) <= 0.15
+    assert all(t >= goal for t, goal in zip(predictor["top3"], (0.93, 0.84, 0.8, 0.8), strict=True))
+    assert predictor["accuracy kept"] >= 0.995
+    assert sum(file.stat().st_size for file in model.iterdir()) <= 32e6
