@@ -12,6 +12,7 @@ import threading
 import types
 import weakref
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,33 @@ def test_resize_keeps_the_numbers(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="smallest valid value"):
             off.resize(0)
         assert torch.equal(run(off.model, batch), expected)
+
+
+def test_resizing_while_other_threads_compute() -> None:
+    batch, resized = make_batch(), threading.Event()
+    with sida.offload(make_encoder(), memory=0.5) as off:
+        expected = run(off.model, batch)
+        wrong: list[Any] = []
+
+        def work() -> None:
+            while not resized.is_set():
+                output = run(off.model, batch)
+                if not torch.equal(output, expected):
+                    wrong.append(output)
+
+        with ThreadPoolExecutor(2) as threads:
+            work_of_threads = [threads.submit(work) for _ in range(2)]
+            try:
+                for count in (1, 4, 2, 5, 3) * 4:
+                    off.resize(f"{count} experts" if count > 1 else "1 expert")
+                    assert off.stats()["slots"] == count
+            finally:
+                resized.set()
+            for done in work_of_threads:
+                done.result(60)
+        assert wrong == []
+        stats = off.stats()
+        assert stats["hits"] + stats["late"] + stats["misses"] == stats["uses"] > 0
 
 
 def test_resize_from_in_place_moves_the_experts_to_a_file(tmp_path: Path) -> None:
