@@ -61,7 +61,7 @@ class EvictionOutlook {
   /// Whether the expert, whose next use is foretold for `step`, or not at all, is evicted before.
   bool leaves(ExpertId id, std::optional<std::int64_t> step) const {
     const Kept& kept = kept_[index(id)];
-    if (!step) return !kept.held;
+    if (!step || *step > last_) return !kept.held;
     return std::binary_search(kept.loads.begin(), kept.loads.end(), *step);
   }
 
@@ -80,12 +80,13 @@ class EvictionOutlook {
   // is only to be expected.
   void find_next(const std::deque<PlannedUse>& uses, std::size_t count,
                  const UseForecast& forecast) {
-    const std::int64_t last = count == 0 ? forecast.now() : uses[count - 1].step;
+    last_ = count == 0 ? forecast.now() : uses[count - 1].step;
     const auto beyond = static_cast<double>(count);
     next_.resize(kept_.size());
     for (std::int32_t layer = 0; layer < layers_; ++layer)
       for (std::int32_t expert = 0; expert < experts_; ++expert)
-        next_[index({layer, expert})] = beyond + forecast.expected_use_after({layer, expert}, last);
+        next_[index({layer, expert})] =
+            beyond + forecast.expected_use_after({layer, expert}, last_);
     after_.resize(count);
     for (std::size_t i = count; i-- > 0;) {
       double& next = next_[index(uses[i].id)];
@@ -114,6 +115,7 @@ class EvictionOutlook {
   std::vector<double> next_, after_;
   std::priority_queue<std::pair<double, std::size_t>> furthest_;
   std::int64_t free_ = 0;
+  std::int64_t last_ = 0;  // step that was looked at
 };
 
 }  // namespace sida

@@ -176,10 +176,15 @@ class TransferQueue {
     return std::min(options_.uses_ahead,
                     std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 6));
   }
+  // Experts on their way to a layer, or in its hands, that keep it and the link at work. More take
+  // slots from experts that are used sooner, which few slots cannot bear.
+  std::int64_t enough_backlog() const noexcept {
+    return std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
+  }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
   bool is_fair(const Request& request, ExpertId victim) {
-    if (request.awaited->backlog < 1) return true;
+    if (request.awaited->backlog < enough_backlog()) return true;
     const UseForecast& forecast = cache_.forecast();
     return forecast.expected_use(victim) >= forecast.expected_use_after(request.id, forecast.now());
   }
