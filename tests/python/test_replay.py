@@ -150,8 +150,10 @@ def test_a_predictors_tables_fall_between_none_and_perfect_ones() -> None:
     options = ("--memory", "20%", "--bandwidth", "500MB/s", "--json")
     none, perfect = json.loads(run(TRACE, "--ahead", "0,16", *options))["rows"]
     (predicted,) = json.loads(run(TRACE, "--foretold", foretold, "--ahead", "16", *options))["rows"]
-    for name in ("bytes_moved", "stall_seconds", "misses"):
+    for name in ("stall_seconds", "misses"):
         assert perfect[name] < predicted[name] < none[name]
+    # What unsure tables bring early may cost a few bytes.
+    assert perfect["bytes_moved"] < predicted["bytes_moved"] < 1.05 * none["bytes_moved"]
 
 
 def test_what_people_read_names_every_column() -> None:
