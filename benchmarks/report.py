@@ -14,15 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import report_gpu
+from report_tables import limit, milliseconds, nothing, number, table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGETS = ROOT / "docs" / "choosing-a-budget"
 PLOTS = ROOT / "docs" / "performance"
-PAGES = (PLOTS.with_suffix(".md"), BUDGETS.with_suffix(".md"), ROOT / "README.md")
+GPU = ROOT / "docs" / "performance-gpu.md"
+PAGES = (PLOTS.with_suffix(".md"), BUDGETS.with_suffix(".md"), GPU, ROOT / "README.md")
 GIB, MIB = 1 << 30, 1 << 20
 
 Results = Mapping[str, Any]
-"""What each benchmark recorded, by its name."""
+"""What each benchmark recorded, by its name; those on a GPU begin with `cuda_`."""
 
 WAYS = {
     "resident": "sida, all experts resident",
@@ -41,10 +45,14 @@ WAYS_OF_DECODER = {
 
 def load_results() -> Results:
     """Read everything that was recorded."""
-    return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(RESULTS.glob("*.json"))
-    }
+    paths = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
+    paths |= {f"cuda_{path.stem}": path for path in sorted(RESULTS.glob("cuda/*.json"))}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+
+
+def of_cpu(results: Results) -> Results:
+    """Leave out what was recorded on a GPU."""
+    return {name: found for name, found in results.items() if not name.startswith("cuda_")}
 
 
 def gains(results: Results) -> str:
@@ -69,11 +77,11 @@ def gains(results: Results) -> str:
             "that of Hugging Face's own layers."
         )
     lines += _with_a_fifth(results)
-    targets = [kept for result in results.values() for kept in result.get("targets", [])]
+    targets = [kept for result in of_cpu(results).values() for kept in result.get("targets", [])]
     missed = sum(not kept["met"] for kept in targets)
     if targets:
         lines.append(f"**Targets.** {missed} of {len(targets)} are missed; the page names them.")
-    return "\n".join(f"- {line}" for line in lines) or _nothing()
+    return "\n".join(f"- {line}" for line in lines) or nothing()
 
 
 def _with_a_fifth(results: Results) -> list[str]:
@@ -106,8 +114,9 @@ def _with_a_fifth(results: Results) -> list[str]:
 
 def machine(results: Results) -> str:
     """What the figures were measured on."""
+    results = of_cpu(results)
     if not results:
-        return _nothing()
+        return nothing()
     keys = ("sida", "torch", "transformers", "python", "kernel", "omp_wait_policy", "threads")
     latest = max(results.values(), key=lambda result: result.get("date", ""))
     rows = [
@@ -134,18 +143,18 @@ def machine(results: Results) -> str:
 def targets(results: Results) -> str:
     """Every target, what was measured, and whether it is kept."""
     rows = [
-        (kept["what"], number(kept["figure"]), _limit(kept), "yes" if kept["met"] else "**no**")
-        for result in results.values()
+        (kept["what"], number(kept["figure"]), limit(kept), "yes" if kept["met"] else "**no**")
+        for result in of_cpu(results).values()
         for kept in result.get("targets", [])
     ]
-    return table(("what", "measured", "target", "kept"), rows) if rows else _nothing()
+    return table(("what", "measured", "target", "kept"), rows) if rows else nothing()
 
 
 def missed(results: Results) -> str:
     """The targets that are not kept."""
     rows = [
-        f"- {kept['what']}: {number(kept['figure'])}, target {_limit(kept)}"
-        for result in results.values()
+        f"- {kept['what']}: {number(kept['figure'])}, target {limit(kept)}"
+        for result in of_cpu(results).values()
         for kept in result.get("targets", [])
         if not kept["met"]
     ]
@@ -155,7 +164,7 @@ def missed(results: Results) -> str:
 def expert_layer(results: Results) -> str:
     """One layer: time, bound and Hugging Face."""
     if "expert_layer" not in results:
-        return _nothing()
+        return nothing()
     rows = [
         (
             row["dtype"],
@@ -176,7 +185,7 @@ def expert_layer(results: Results) -> str:
 def encoder_resident(results: Results) -> str:
     """The encoder with all experts, by dtype and batch."""
     if "encoder_resident" not in results:
-        return _nothing()
+        return nothing()
     rows = [
         (
             dtype,
@@ -204,7 +213,7 @@ def encoder_cold(results: Results) -> str:
 def decoder_disk(results: Results) -> str:
     """The decoder at 25 %, page cache warm and dropped."""
     if "decoder_disk" not in results:
-        return _nothing()
+        return nothing()
     rows = [
         (
             WAYS_OF_DECODER[way],
@@ -221,7 +230,7 @@ def decoder_disk(results: Results) -> str:
 def peak_memory(results: Results) -> str:
     """What loading and running took."""
     if "peak_memory" not in results:
-        return _nothing()
+        return nothing()
     worst = max(results["peak_memory"]["runs"], key=lambda run: run["peak"])
     rows = [
         ("all experts, in the file", worst["all_experts"]),
@@ -237,7 +246,7 @@ def peak_memory(results: Results) -> str:
 def cache_lookup(results: Results) -> str:
     """A lease taken and given back."""
     if "cache_lookup" not in results:
-        return _nothing()
+        return nothing()
     rows = [
         (name.replace("_", " "), f"{1e9 * times['median']:.0f}", f"{1e9 * times['minimum']:.0f}")
         for name, times in results["cache_lookup"]["seconds"].items()
@@ -248,7 +257,7 @@ def cache_lookup(results: Results) -> str:
 def hash_building(results: Results) -> str:
     """What hash tables cost."""
     if "hash_building" not in results:
-        return _nothing()
+        return nothing()
     rows = [
         (
             name,
@@ -265,7 +274,7 @@ def hash_building(results: Results) -> str:
 def stall(results: Results) -> str:
     """Stall and time over a slow link."""
     if "stall" not in results:
-        return _nothing()
+        return nothing()
     sizes = results["stall"]["sizes"]
     rows = [
         (
@@ -293,7 +302,7 @@ def stall(results: Results) -> str:
 def bytes_moved(results: Results) -> str:
     """Bytes moved against Belady, under policy auto and under every policy."""
     if "bytes_moved" not in results:
-        return _nothing()
+        return nothing()
     found = results["bytes_moved"]
     probes = [row for row in found["rows"] if "probe" in row["trace"]]
     worst = max(probes, key=lambda row: row["predictor"])
@@ -329,7 +338,7 @@ def policies_shown(results: Results) -> str:
 def auto_policy(results: Results) -> str:
     """How policy auto compares with the others where there are no tables."""
     if "bytes_moved" not in results:
-        return _nothing()
+        return nothing()
     moved: dict[str, list[int]] = {}
     for curve in results["bytes_moved"]["curves"]:
         if curve["tables"] == "none":
@@ -375,7 +384,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         policies_shown,
         auto_policy,
     )
-}
+} | report_gpu.BLOCKS
 
 
 def filled(text: str, results: Results) -> str:
@@ -403,25 +412,9 @@ def write_all() -> None:
     _draw(results)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table; all columns but the first are aligned to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def number(value: float) -> str:
-    """Return three digits that count."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def milliseconds(times: Mapping[str, float]) -> str:
-    """Return median and minimum."""
-    return f"{1e3 * times['median']:.2f} ({1e3 * times['minimum']:.2f})"
-
-
 def _ways(results: Results, name: str, ways: Sequence[str]) -> str:
     if name not in results:
-        return _nothing()
+        return nothing()
     found = results[name]
     moved = found["bytes_moved"]
     moved = moved if isinstance(moved, dict) else {"none": moved}
@@ -450,7 +443,7 @@ def _figures(value: float) -> str:
 
 def _shown(results: Results, name: str) -> str:
     if "bytes_moved" not in results:
-        return _nothing()
+        return nothing()
     shown = results["bytes_moved"]["shown"][name]
     return f"```console\n$ {shown['command']}\n{shown['output']}\n```"
 
@@ -461,16 +454,6 @@ def _plot(name: str, title: str) -> str:
 
 def _ratio(times: Mapping[str, Any], slower: str, faster: str) -> float:
     return float(times[slower]["median"] / times[faster]["median"])
-
-
-def _limit(kept: Mapping[str, Any]) -> str:
-    if "at_most" in kept:
-        return f"≤ {number(kept['at_most'])}"
-    return f"≥ {number(kept['at_least'])}"
-
-
-def _nothing() -> str:
-    return "Not recorded yet: `scripts/benchmark`."
 
 
 def _draw(results: Results) -> None:

@@ -2,7 +2,6 @@
 """The figures of docs/performance.md and README.md are what benchmarks/results say."""
 
 import importlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -14,15 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> ModuleType:
+    """Import a module of benchmarks/, which imports others from beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module(name)
 
 
-report = load(ROOT / "benchmarks" / "report.py")
+report = load("report")
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
@@ -64,9 +62,16 @@ def test_recordings_say_where_they_come_from() -> None:
             assert result.get(key), f"{path.name} does not say its {key}"
 
 
-def test_batches_of_a_trace_are_its_sentences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    bytes_moved = importlib.import_module("bytes_moved")
+def test_recordings_on_a_gpu_say_where_they_come_from() -> None:
+    for path in report.RESULTS.glob("cuda/*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("commit", "command", "date"):
+            assert result.get(key), f"{path.name} does not say its {key}"
+        assert "NVIDIA" in str(result.get("gpu") or result.get("device")), path.name
+
+
+def test_batches_of_a_trace_are_its_sentences_in_turn() -> None:
+    bytes_moved = load("bytes_moved")
     cases = {(c.trace, c.sentences): c.recording.routing for c in bytes_moved.load_cases()}
     alone, together = cases[bytes_moved.MODEL, 1], cases[bytes_moved.MODEL, 8]
     assert len(alone) == 400 and len(together) == 50

@@ -19,8 +19,8 @@ namespace sida {
 ///
 /// A prefetch takes a free slot, or that of an expert which is used later than itself and leaves
 /// before that use in any case, see EvictionOutlook; so it comes early, but moves no byte twice.
-/// Where the use is not sure the outlook is not either: the nearest `reach` uses may take the slot
-/// of any expert that is used later.
+/// Where uses are not sure the outlook is not either: the nearest `reach` of them may take the slot
+/// of any expert that is used later, and of sure ones a quarter as many.
 template <class Cache>
 class PrefetchQueue {
  public:
@@ -70,7 +70,8 @@ class PrefetchQueue {
     for (; scanned_ < uses_.size(); ++scanned_) {
       const PlannedUse& use = uses_[scanned_];
       if (cache_.residency_locked(use.id) == Cache::Residency::absent) {
-        const bool is_near = use.probability < 1 && static_cast<std::int64_t>(scanned_) < reach;
+        const std::int64_t near = use.probability < 1 ? reach : reach / 4;
+        const bool is_near = static_cast<std::int64_t>(scanned_) < near;
         const bool in_pass = use.step <= forecast.now() + cache_.store().layers();
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
           return forecast.expected_use(victim) > static_cast<double>(use.step) &&

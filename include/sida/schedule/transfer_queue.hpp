@@ -23,7 +23,7 @@ struct TransferOptions {
   int threads = 2;                     ///< loads under way at once
   std::size_t chunk_bytes = 4u << 20;  ///< a demand waits for at most one chunk a thread
   /// For how many uses ahead of the computation experts make way for a use that is not sure, even
-  /// if they would have stayed otherwise. Fewer with few slots.
+  /// if they would have stayed otherwise. Fewer with few slots; a quarter for uses that are sure.
   std::int64_t uses_ahead = 4;
   double threshold = 0.4;  ///< experts wanted less surely are not brought early
 };

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of docs/performance-gpu.md and of README.md that show what a GPU measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from report_tables import limit, milliseconds, nothing, number, table
+
+Results = Mapping[str, Any]
+
+SIDA_FASTEST = ("sida tuned", "sida")
+"""What sida itself chooses, as the benchmark of layers names it."""
+
+
+def gpu_machine(results: Results) -> str:
+    """What the figures were measured on."""
+    if "cuda_encoder" not in results:
+        return nothing()
+    found = results["cuda_encoder"]
+    gpu = found["gpu"]
+    rows = [
+        ("GPU", gpu["name"]),
+        ("driver", gpu["driver_version"]),
+        ("CUDA", gpu["cuda"]),
+        ("link", f"PCIe {gpu['pcie.link.gen.current']}, {_gigabytes(found)} GB/s at best"),
+        ("host", f"{found['cores']} cores, {found['cpu']['model']}"),
+        *((key, found[key]) for key in ("torch", "transformers", "python", "commit")),
+    ]
+    return table(("", ""), rows)
+
+
+def gpu_gains(results: Results) -> str:
+    """What a user gains and loses, by batch."""
+    if "cuda_encoder" not in results:
+        return nothing()
+    shapes = results["cuda_encoder"]["shapes"]
+    medians = {name: _medians(figures) for name, figures in shapes.items()}
+    rows = [
+        (what, *(f"{times[slow] / times[fast]:.1f}" for times in medians.values()))
+        for what, slow, fast in (
+            ("20 %, foretold, against accelerate with 20 %", "accelerate", "recorded"),
+            ("20 %, without tables, against accelerate with 20 %", "accelerate", "no_tables"),
+            ("20 %, foretold, against Hugging Face with 100 %", "hugging_face", "recorded"),
+            ("100 %, against Hugging Face", "hugging_face", "sida"),
+        )
+    ]
+    against = [f"{times['grouped_mm'] / times['sida']:.2f}" for times in medians.values()]
+    rows.append(("100 %, against a rewrite with grouped_mm", *against))
+    return table(("times as fast", *_batches(shapes)), rows)
+
+
+def gpu_encoder(results: Results) -> str:
+    """All experts on the GPU: times of a batch."""
+    if "cuda_encoder" not in results:
+        return nothing()
+    rows = [
+        (
+            batch,
+            *(milliseconds(figures["resident"][who]) for who in ("sida", "grouped_mm")),
+            milliseconds(figures["resident"]["hugging_face"]),
+        )
+        for batch, figures in _by_batch(results)
+    ]
+    return table(("batch", "sida, ms", "grouped_mm, ms", "Hugging Face, ms"), rows)
+
+
+def gpu_fewer(results: Results) -> str:
+    """A share of the experts on the GPU: times against their bounds."""
+    if "cuda_encoder" not in results:
+        return nothing()
+    rows = []
+    for batch, figures in _by_batch(results):
+        resident = figures["resident"]["sida"]["median"]
+        for share, few in figures.items():
+            if not share.endswith("%") or share.startswith("accelerate"):
+                continue
+            recorded, plain = few["recorded"], few["no_tables"]
+            rows.append(
+                (
+                    batch,
+                    share,
+                    f"{1e3 * resident:.1f}",
+                    f"{1e3 * recorded['moving']:.1f}",
+                    milliseconds(recorded),
+                    f"{recorded['over_bound']:.2f}",
+                    f"{few['bytes_over_belady']:.2f}",
+                    milliseconds(plain),
+                    f"{plain['over_bound']:.2f}",
+                )
+            )
+    head = ("batch", "experts", "R, ms", "M, ms", "foretold, ms", "/ max(R, M)", "bytes / Belady's")
+    return table((*head, "no tables, ms", "/ (R + M)"), rows)
+
+
+def gpu_layers(results: Results) -> str:
+    """One layer: sida beside Triton and grouped_mm."""
+    if "cuda_expert_layer" not in results:
+        return nothing()
+    rows = []
+    for row in results["cuda_expert_layer"]["rows"]:
+        times = row["median_us"]
+        own = next(times[name] for name in SIDA_FASTEST if name in times)
+        others = (times.get("triton"), times.get("grouped_mm"))
+        rows.append(
+            (
+                f"{row['shape']}, {row['dtype']}, {row['routing']}",
+                row["tokens"],
+                number(own),
+                *(number(other) if other else "" for other in others),
+                *(f"{other / own:.2f}" if other else "" for other in others),
+            )
+        )
+    head = ("layer", "tokens", "sida, µs", "Triton, µs", "grouped_mm, µs")
+    return table((*head, "× Triton", "× grouped_mm"), rows)
+
+
+def gpu_link(results: Results) -> str:
+    """Rates of copies, and what a demand waits behind prefetches."""
+    if "cuda_link" not in results:
+        return nothing()
+    found = results["cuda_link"]
+    copies = {copy["chunk_bytes"]: copy["gb_a_second"] for copy in found["copies"]}
+    rows = [
+        (
+            row["threads"],
+            f"{row['chunk_bytes'] / 2**20:.0f}",
+            row["gb_a_second"],
+            f"{row['gb_a_second'] / copies[row['chunk_bytes']]:.2f}",
+            number(row["demand_alone_us"]),
+            number(row["demand_behind_prefetches_us"]),
+            number(row["worst_us"]),
+        )
+        for row in found["scheduler"]
+    ]
+    head = ("threads", "chunk, MiB", "GB/s", "of plain copies", "demand alone, µs")
+    return table((*head, "behind 64 prefetches, µs", "at worst, µs"), rows)
+
+
+def gpu_targets(results: Results) -> str:
+    """Every target of the encoder."""
+    if "cuda_encoder" not in results:
+        return nothing()
+    rows = [
+        (kept["what"], number(kept["figure"]), limit(kept), "yes" if kept["met"] else "**no**")
+        for kept in results["cuda_encoder"]["targets"]
+    ]
+    missed = sum(not kept["met"] for kept in results["cuda_encoder"]["targets"])
+    return f"{missed} of {len(rows)} are missed.\n\n" + table(
+        ("what", "measured", "target", "kept"), rows
+    )
+
+
+def _medians(figures: Mapping[str, Any]) -> dict[str, float]:
+    times = {
+        **figures["resident"],
+        **{name: figures["20%"][name] for name in ("recorded", "no_tables")},
+        "accelerate": figures["accelerate_20%"],
+    }
+    return {name: found["median"] for name, found in times.items()}
+
+
+def _by_batch(results: Results) -> Sequence[tuple[str, Any]]:
+    shapes = results["cuda_encoder"]["shapes"]
+    return list(zip(_batches(shapes), shapes.values(), strict=True))
+
+
+def _batches(shapes: Mapping[str, Any]) -> list[str]:
+    return [name.replace("x", " x ") for name in shapes]
+
+
+def _gigabytes(found: Mapping[str, Any]) -> str:
+    return f"{found['link_bytes_per_second'] / 1e9:.1f}"
+
+
+BLOCKS = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        gpu_machine,
+        gpu_gains,
+        gpu_encoder,
+        gpu_fewer,
+        gpu_layers,
+        gpu_link,
+        gpu_targets,
+    )
+}

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tables and figures look on the pages that are made from results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Return three digits that count."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def milliseconds(times: Mapping[str, float]) -> str:
+    """Return median and minimum."""
+    return f"{1e3 * times['median']:.2f} ({1e3 * times['minimum']:.2f})"
+
+
+def limit(kept: Mapping[str, Any]) -> str:
+    """Return what a figure was to keep to."""
+    if "at_most" in kept:
+        return f"≤ {number(kept['at_most'])}"
+    return f"≥ {number(kept['at_least'])}"
+
+
+def nothing() -> str:
+    """Return what stands where results are missing."""
+    return "Not recorded yet: `scripts/benchmark`."
