@@ -129,7 +129,7 @@ class ExpertFfn<CudaBackend>::Call {
     shape_.top_k = static_cast<int>(routing.ids.shape[1]);
     hidden_ = hidden.data;
     is_foretold_ = routing.is_foretold;
-    entry_ = &log_.begin(shape_.tokens, shape_.top_k, routing.mask, std::move(account), slack);
+    entry_ = &log_.begin(shape_.tokens, shape_.top_k, routing.mask, std::move(account));
     const cuda::DeviceScope scope(backend_.device());
     reserve(workspace_, cuda::workspace_bytes(shape_));
     reserve(plan_, cuda::plan_bytes(shape_));
@@ -149,20 +149,18 @@ class ExpertFfn<CudaBackend>::Call {
     }
     experts_.clear();
     if (shape_.tokens == 0) return experts_;
-    const cuda::Plan plan = this->plan();
-    const auto distance = static_cast<std::size_t>(plan.counts - plan.invalid);
-    SIDA_EXPECTS(distance <= slack, "cuda: the plan's counts lie too far behind its invalid ids");
-    const std::size_t count = distance + static_cast<std::size_t>(config_.experts);
-    backend_.copy_async(entry_->counts(), plan.invalid, count * sizeof(std::int32_t), stream_);
+    const auto count = static_cast<std::size_t>(config_.experts);
+    backend_.copy_async(entry_->counts(), plan().counts, (count + 1) * sizeof(std::int32_t),
+                        stream_);
     backend_.record(waited_, stream_);
     backend_.synchronize(waited_);
-    if (entry_->counts()[0] != 0) {
+    if (entry_->counts()[count] != 0) {  // ids that are no expert's
       const cuda::RoutingLog::Entry& entry = *entry_;
       abandon();
       log_.expect_experts(entry);
     }
     for (std::int32_t e = 0; e < config_.experts; ++e)
-      if (entry_->counts()[distance + static_cast<std::size_t>(e)] > 0) experts_.push_back(e);
+      if (entry_->counts()[e] > 0) experts_.push_back(e);
     return experts_;
   }
   std::vector<std::uint8_t> counted() const { return sida::counted(entry_->routed(), experts_); }
@@ -218,7 +216,6 @@ class ExpertFfn<CudaBackend>::Call {
 
  private:
   static constexpr std::int64_t max_assignments = std::int64_t{1} << 24;
-  static constexpr std::size_t slack = 64;  // integers between a plan's `invalid` and `counts`
 
   // The call is over: what comes later on the stream may reuse the buffers.
   void finish(bool dropped) {

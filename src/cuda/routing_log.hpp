@@ -29,7 +29,7 @@ class RoutingLog {
    public:
     std::int32_t* ids() const { return reinterpret_cast<std::int32_t*>(memory_.data()); }
     float* weights() const { return reinterpret_cast<float*>(ids() + assignments_); }
-    /// [E + slack] further integers.
+    /// [E + 1] further integers.
     std::int32_t* counts() const { return ids() + 2 * assignments_; }
     /// To be read when the GPU has written them.
     RoutedTokens routed() const {
@@ -62,10 +62,10 @@ class RoutingLog {
     }
   }
 
-  /// Accounts for what is there, and gives the next call its place; `slack` is of counts().
+  /// Accounts for what is there, and gives the next call its place.
   /// @throws OutOfRange for an earlier call's id, CudaError, OutOfMemory.
   Entry& begin(std::int64_t tokens, std::int32_t top_k, std::span<const std::uint8_t> mask,
-               Account account, std::size_t slack) {
+               Account account) {
     const std::lock_guard lock(mutex_);
     while (entries_[oldest_].is_pending_ && backend_.is_complete(entries_[oldest_].done_))
       settle_oldest();
@@ -80,7 +80,7 @@ class RoutingLog {
     entry.mask_.assign(mask.begin(), mask.end());
     entry.account_ = std::move(account);
     const std::size_t bytes =
-        (2 * entry.assignments_ + static_cast<std::size_t>(experts_) + slack) * sizeof(float);
+        (2 * entry.assignments_ + static_cast<std::size_t>(experts_) + 1) * sizeof(float);
     if (entry.memory_.size() < bytes) {
       entry.memory_ = {};
       entry.memory_ = PinnedBuffer(backend_, std::max<std::size_t>(2 * bytes, 4096));

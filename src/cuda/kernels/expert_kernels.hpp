@@ -56,13 +56,13 @@ struct ActiveExpert {
   std::int32_t expert, row_begin, rows, unused;
 };
 
-/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's, `counts`
-/// not far behind `invalid`: the host reads both with one copy.
+/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's, `invalid`
+/// right behind `counts`: the host reads both with one copy.
 struct Plan {
   ActiveExpert* active;        ///< [min(E, T * k)]
   std::int32_t* active_count;  ///< [1]
-  std::int32_t* invalid;       ///< [1] ids that were neither an expert nor the sentinel E
   std::int32_t* counts;        ///< [E] rows of each expert
+  std::int32_t* invalid;       ///< [1] ids that were neither an expert nor the sentinel E
   std::int32_t* offsets;       ///< [E + 1] first row of each expert
   std::int32_t* order;         ///< [T * k] row -> assignment, ascending within an expert
   std::int32_t* row_of;        ///< [T * k] assignment -> row, or -1 if left out

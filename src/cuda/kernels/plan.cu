@@ -270,8 +270,8 @@ Plan plan_at(const LayerShape& shape, std::byte* memory) {
   Plan plan{};
   plan.active = reinterpret_cast<ActiveExpert*>(take(4 * experts));
   plan.active_count = take(1);
-  plan.invalid = take(1);
-  plan.counts = take(experts);
+  plan.counts = take(experts + 1);
+  plan.invalid = plan.counts + experts;
   plan.offsets = take(experts + 1);
   plan.order = take(assignments);
   plan.row_of = take(assignments);
@@ -283,7 +283,7 @@ Plan plan_at(const LayerShape& shape, std::byte* memory) {
 std::size_t plan_bytes(const LayerShape& shape) {
   const auto assignments = static_cast<std::size_t>(assignments_of(shape));
   const auto experts = static_cast<std::size_t>(shape.experts);
-  return aligned(16 * experts) + 2 * aligned(4) + aligned(4 * experts) + aligned(4 * experts + 4) +
+  return aligned(16 * experts) + aligned(4) + 2 * aligned(4 * experts + 4) +
          3 * aligned(4 * assignments) + aligned(4 * chunk_counts(shape));
 }
 
