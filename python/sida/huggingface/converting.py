@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from sida.huggingface.safetensors_file import DTYPES, make_header, write, write_tensor
+from sida.huggingface.shards import FORMAT, split_weights, write_index
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
@@ -111,8 +111,7 @@ class _Pickle:
             if name not in found:
                 raise ValueError(f"{path}: expected the tensor {name}, as {INDEX} says, found none")
             _check_tensor(path, name, found[name])
-            # a storage of its own: a view would count as much as what it is a view of
-            self.outline[name] = torch.empty_like(found[name], device="meta")
+            self.outline[name] = found[name]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor; another one may be gone by then, so let go of each before the next."""
@@ -246,15 +245,9 @@ def _write_weights(
     advanced: Callable[[], None],
 ) -> list[str]:
     homes = {name: found for found in pickles for name in found.outline}
-    split = split_torch_state_dict_into_shards(
-        dict(outline),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    split = split_weights(outline, max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        # the widest first, so that each begins at a multiple of its elements' size
-        names = sorted(names, key=lambda name: -outline[name].element_size())
-        header, _ = make_header({name: outline[name] for name in names}, {"format": "pt"})
+        header, _ = make_header({name: outline[name] for name in names}, FORMAT)
         with (folder / file).open("wb", buffering=0) as opened:
             write(opened, header)
             for name in names:
@@ -262,8 +255,5 @@ def _write_weights(
                 advanced()
         for found in pickles:
             found.close()
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    write_index(folder, split)
     return list(split.filename_to_tensors)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import re
 import shutil
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from sida.huggingface.progress import progress_bar
 from sida.huggingface.safetensors_file import make_header, write, write_tensor
+from sida.huggingface.shards import FORMAT, split_weights, write_index
 from sida.torch.stand_in import OUTLINE, stand_ins
 
 REFUSED = {
@@ -37,8 +35,6 @@ UNKNOWN = (
     "transformers converts these experts in a way that sida does not know; "
     "save_original_format=False saves them as the model has them"
 )
-FORMAT = {"format": "pt"}
-"""What transformers wants a file to say of itself."""
 
 
 def saving(model: PreTrainedModel) -> Callable[..., None]:
@@ -136,19 +132,10 @@ class _Shards:
                 f"the model's weights take {self.size:,} bytes, but the disk of {folder.parent} "
                 f"has {free:,} free: choose another folder"
             )
-        infix = f".{variant}" if variant else ""
-        # each with a storage of its own: views would count as much as what they are views of
-        sizes = {name: torch.empty_like(w, device="meta") for name, w in weights.items()}
-        self._split = split_torch_state_dict_into_shards(
-            sizes,
-            filename_pattern=f"model{infix}{{suffix}}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-        self._index = folder / f"model.safetensors.index{infix}.json"
+        self._folder, self._infix = folder, f".{variant}" if variant else ""
+        self._split = split_weights(weights, max_shard_size, self._infix)
         self._places: dict[str, tuple[Path, int]] = {}
         for file, names in self._split.filename_to_tensors.items():
-            # the widest first, so that each begins at a multiple of its elements' size
-            names.sort(key=lambda name: -weights[name].element_size())
             header, begins = make_header({name: weights[name] for name in names}, FORMAT)
             with (folder / file).open("wb", buffering=0) as opened:
                 write(opened, header)
@@ -172,13 +159,7 @@ class _Shards:
             raise RuntimeError(
                 f"expected to save {self.size:,} bytes of weights, got {self._written:,}: {UNKNOWN}"
             )
-        if self._split.is_sharded:
-            index = {
-                "metadata": {"total_parameters": parameters, **self._split.metadata},
-                "weight_map": self._split.tensor_to_filename,
-            }
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            self._index.write_text(text, encoding="utf-8")
+        write_index(self._folder, self._split, self._infix, total_parameters=parameters)
 
 
 def _save_weights(
