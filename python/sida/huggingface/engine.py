@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadedExperts, OffloadScheduler
+from sida.huggingface import checks
 from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.expert_file import ExpertFile
 from sida.huggingface.pinned_experts import PinnedExperts
 from sida.layer import detached
 from sida.torch.experts_module import CLOSED
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {name: dtype for dtype, name in checks.DTYPES.items()}
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
 
@@ -94,18 +95,15 @@ class ModelExperts:
 
     def fits_in_place(self, memory: Memory, policy: str) -> bool:
         """Whether all experts fit the budget; not on a GPU, where all have slots."""
-        if self._place.device != "cpu" or self._moved is not None:
-            return False
-        store = self._in_place()
-        return store is not None and ExpertCache(store, memory, policy=policy).in_place
+        return self._open_in_place(memory, policy) is not None
 
     def open(self, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache over the model's arrays if all fit, else over where they are moved."""
         self._store = None  # one of arrays holds on to those that are to go
         if self._moved is None:
-            if self._place.device == "cpu" and self.fits_in_place(memory, policy):
-                self._store = self._in_place()
-                return self._place.cache(self.store, memory, policy)
+            if found := self._open_in_place(memory, policy):
+                self._store, cache = found
+                return cache
             self._moved = self._move()
         try:
             if isinstance(self._moved, PinnedExperts):
@@ -139,15 +137,23 @@ class ModelExperts:
             return PinnedExperts(self._adapter, self._config, self._place.device)
         return ExpertFile(self._adapter, self._folder)
 
-    def _in_place(self) -> ExpertStore | None:
-        """Return the model's own arrays; None where their layout forbids that."""
+    def _open_in_place(self, memory: Memory, policy: str) -> tuple[ExpertStore, ExpertCache] | None:
+        """Return the model's own arrays and a cache over them; None where they cannot stay.
+
+        That is on a GPU, where they were moved, where their layout forbids it, and where not all of
+        them fit.
+        """
+        if self._place.device != "cpu" or self._moved is not None:
+            return None
         experts = []
         for layer in range(len(self._adapter.layer_names)):
             arrays = self._adapter.arrays(layer)
             if arrays is None:
                 return None
             experts.append(arrays)
-        return ExpertStore.from_arrays(self._config, experts)
+        store = ExpertStore.from_arrays(self._config, experts)
+        cache = self._place.cache(store, memory, policy)
+        return (store, cache) if cache.in_place else None
 
 
 class CheckpointExperts:
