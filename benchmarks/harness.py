@@ -187,12 +187,13 @@ def quietness(results: Mapping[str, Any], spread: float) -> dict[str, Any]:
             f"not recorded: other programs kept {load:.2f} processors busy meanwhile, expected at "
             f"most {QUIET_LOAD}"
         )
-    unsteady = [f"{place}: {found:.2f}" for place, found in _spreads(results) if found > spread]
+    spreads = list(_spreads(results))
+    unsteady = [f"{place}: {found:.2f}" for place, found in spreads if found > spread]
     if unsteady:
         raise NotQuietError(
             f"not recorded: expected p90 / p10 of at most {spread}, got " + ", ".join(unsteady)
         )
-    widest = max((found for _, found in _spreads(results)), default=1.0)
+    widest = max((found for _, found in spreads), default=1.0)
     return {"load_of_others": round(load, 3), "widest_spread": round(widest, 2)}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import report_gpu
-from report_tables import limit, milliseconds, nothing, number, table
+from report_tables import limit, milliseconds, nothing, number, table, targets_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,10 +37,7 @@ WAYS = {
     "hugging_face": "Hugging Face, all resident",
     "disk": "the disk alone, the same bytes",
 }
-WAYS_OF_DECODER = {
-    "none": "sida, 25 %, no prediction",
-    "accelerate": "accelerate, experts on disk",
-}
+WAYS_OF_DECODER = {"none": "sida, 25 %, no prediction", "accelerate": WAYS["accelerate"]}
 
 
 def load_results() -> Results:
@@ -77,7 +74,7 @@ def gains(results: Results) -> str:
             "that of Hugging Face's own layers."
         )
     lines += _with_a_fifth(results)
-    targets = [kept for result in of_cpu(results).values() for kept in result.get("targets", [])]
+    targets = _targets(results)
     missed = sum(not kept["met"] for kept in targets)
     if targets:
         lines.append(f"**Targets.** {missed} of {len(targets)} are missed; the page names them.")
@@ -142,23 +139,21 @@ def machine(results: Results) -> str:
 
 def targets(results: Results) -> str:
     """Every target, what was measured, and whether it is kept."""
-    rows = [
-        (kept["what"], number(kept["figure"]), limit(kept), "yes" if kept["met"] else "**no**")
-        for result in of_cpu(results).values()
-        for kept in result.get("targets", [])
-    ]
-    return table(("what", "measured", "target", "kept"), rows) if rows else nothing()
+    return targets_table(_targets(results))
 
 
 def missed(results: Results) -> str:
     """The targets that are not kept."""
     rows = [
         f"- {kept['what']}: {number(kept['figure'])}, target {limit(kept)}"
-        for result in of_cpu(results).values()
-        for kept in result.get("targets", [])
+        for kept in _targets(results)
         if not kept["met"]
     ]
     return "\n".join(rows) if rows else "None."
+
+
+def _targets(results: Results) -> list[Mapping[str, Any]]:
+    return [kept for result in of_cpu(results).values() for kept in result.get("targets", [])]
 
 
 def expert_layer(results: Results) -> str:

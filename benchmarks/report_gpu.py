@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from report_tables import limit, milliseconds, nothing, number, table
+from report_tables import milliseconds, nothing, number, table, targets_table
 
 Results = Mapping[str, Any]
-
-SIDA_FASTEST = ("sida tuned", "sida")
-"""What sida itself chooses, as the benchmark of layers names it."""
 
 
 def gpu_machine(results: Results) -> str:
@@ -101,7 +98,7 @@ def gpu_layers(results: Results) -> str:
     rows = []
     for row in results["cuda_expert_layer"]["rows"]:
         times = row["median_us"]
-        own = next(times[name] for name in SIDA_FASTEST if name in times)
+        own = times["sida tuned"]  # the kernel that sida itself chooses
         others = (times.get("triton"), times.get("grouped_mm"))
         rows.append(
             (
@@ -142,14 +139,9 @@ def gpu_targets(results: Results) -> str:
     """Every target of the encoder."""
     if "cuda_encoder" not in results:
         return nothing()
-    rows = [
-        (kept["what"], number(kept["figure"]), limit(kept), "yes" if kept["met"] else "**no**")
-        for kept in results["cuda_encoder"]["targets"]
-    ]
-    missed = sum(not kept["met"] for kept in results["cuda_encoder"]["targets"])
-    return f"{missed} of {len(rows)} are missed.\n\n" + table(
-        ("what", "measured", "target", "kept"), rows
-    )
+    targets = results["cuda_encoder"]["targets"]
+    missed = sum(not kept["met"] for kept in targets)
+    return f"{missed} of {len(targets)} are missed.\n\n{targets_table(targets)}"
 
 
 def _medians(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -28,6 +28,15 @@ def limit(kept: Mapping[str, Any]) -> str:
     if "at_most" in kept:
         return f"≤ {number(kept['at_most'])}"
     return f"≥ {number(kept['at_least'])}"
+
+
+def targets_table(targets: Iterable[Mapping[str, Any]]) -> str:
+    """Return every target, what was measured, and whether it is kept."""
+    rows = [
+        (kept["what"], number(kept["figure"]), limit(kept), "yes" if kept["met"] else "**no**")
+        for kept in targets
+    ]
+    return table(("what", "measured", "target", "kept"), rows) if rows else nothing()
 
 
 def nothing() -> str:
