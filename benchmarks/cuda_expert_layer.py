@@ -12,16 +12,20 @@ are tuned first for each shape and token count; the tiles and what they took are
 
 import argparse
 import ctypes
+import functools
 import json
 import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 SHAPES = {  # hidden, intermediate, experts, top_k, gated
     "switch-128": (768, 3072, 128, 1, False),
@@ -36,6 +40,10 @@ TOKENS = {
 KERNELS = tuple("tuned narrow wide grouped hopper dot tiled general".split())
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu_clamped")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Layer = Callable[[], Tensor]
+"""Enqueues a layer; its result."""
+Tile = tuple[int, ...]
+"""One of triton_moe.TILES."""
 READ_PER_US, FLOPS_PER_US = 4.49e6, 784e6  # of one H200; floors of other GPUs are not given
 
 
@@ -57,7 +65,18 @@ class Pointers(ctypes.Structure):
 class SidaLayer:
     """sida's kernels over an arena of experts in shuffled slots."""
 
-    def __init__(self, library, kernel, up, down, hidden, ids, weights, activation, gated):
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        kernel: str,
+        up: Tensor,
+        down: Tensor,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        activation: str,
+        gated: bool,
+    ) -> None:
         self.library = library
         tokens, top_k = ids.shape
         experts, intermediate = up.shape[0], down.shape[2]
@@ -68,7 +87,7 @@ class SidaLayer:
         element = hidden.element_size()
         up_bytes, down_bytes = up[0].numel() * element, down[0].numel() * element
         self.out = torch.empty_like(hidden)
-        make = dict(device=hidden.device, dtype=torch.uint8)
+        make: dict[str, Any] = dict(device=hidden.device, dtype=torch.uint8)
         self.plan_memory = torch.empty(library.expert_layer_plan_bytes(self.shape), **make)
         self.workspace = torch.empty(library.expert_layer_workspace_bytes(self.shape), **make)
         slot_of, arena = arena_of(up, down)
@@ -84,7 +103,7 @@ class SidaLayer:
             0,
         )
 
-    def enqueue(self, plan_only=False):
+    def enqueue(self, plan_only: bool = False) -> None:
         """Enqueues the layer, or its plan."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         if self.library.expert_layer(
@@ -92,27 +111,30 @@ class SidaLayer:
         ):
             raise RuntimeError("sida's layer failed")
 
-    def __call__(self):
+    def __call__(self) -> Tensor:
         """Enqueues the layer; its result."""
         self.enqueue()
         return self.out
 
-    def plan(self):
+    def plan(self) -> tuple[Tensor, Tensor, Tensor]:
         """Counts, offsets and order of a plan, as plan_at() lays them out."""
         self.enqueue(plan_only=True)
         experts, assignments = self.shape[3], self.shape[1] * self.shape[2]
         words = self.plan_memory.view(torch.int32)
-        up4 = lambda count: (count + 3) // 4 * 4  # noqa: E731
+
+        def up4(count: int) -> int:
+            return (count + 3) // 4 * 4
+
         at = 4 * experts + 8
         counts = words[at : at + experts]
         offsets = words[at + up4(experts) :][: experts + 1]
         return counts, offsets, words[at + up4(experts) + up4(experts + 1) :][:assignments]
 
 
-_arenas: dict[int, tuple] = {}
+_arenas: dict[int, tuple[Tensor, Tensor]] = {}
 
 
-def arena_of(up, down):
+def arena_of(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Experts in shuffled slots, and the slot of each."""
     if up.data_ptr() not in _arenas:
         _arenas.clear()
@@ -127,13 +149,15 @@ def arena_of(up, down):
     return _arenas[up.data_ptr()]
 
 
-def grouped_chain(up, down, hidden, ids, weights, gated):
+def grouped_chain(
+    up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, gated: bool
+) -> Layer:
     """Torch's grouped_mm with what must stand around it; no step waits for the host."""
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
     ends = torch.arange(1, up.shape[0] + 1, device=up.device, dtype=torch.int32)
     top_k = ids.shape[1]
 
-    def layer():
+    def layer() -> Tensor:
         ordered, order = ids.flatten().sort()
         token = order // top_k
         offsets = torch.searchsorted(ordered, ends).to(torch.int32)
@@ -150,14 +174,16 @@ def grouped_chain(up, down, hidden, ids, weights, gated):
     return layer
 
 
-def cublas_loop(up, down, hidden, ids, weights, gated):
+def cublas_loop(
+    up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, gated: bool
+) -> Layer:
     """Two products an expert by cuBLAS, for the rows that `ids` give now."""
     rows = []
-    for expert in ids.unique().tolist():
+    for expert in torch.unique(ids).tolist():
         token, j = (ids == expert).nonzero(as_tuple=True)
         rows.append((expert, token, weights[token, j].to(hidden.dtype).unsqueeze(-1)))
 
-    def layer():
+    def layer() -> Tensor:
         out = torch.zeros_like(hidden)
         for expert, token, weight in rows:
             h = hidden[token] @ up[expert].T
@@ -172,16 +198,18 @@ def cublas_loop(up, down, hidden, ids, weights, gated):
     return layer
 
 
-def relative_error(out, exact):
+def relative_error(out: Tensor, exact: Tensor) -> float:
     """Distance of two results, relative to the second."""
     exact = exact.double()
-    return ((out.double() - exact).norm() / exact.norm()).item()
+    return float((out.double() - exact).norm() / exact.norm())
 
 
-def reference(up, down, hidden, ids, weights, gated):
+def reference(
+    up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, gated: bool
+) -> Tensor:
     """The layer in f64."""
     out = torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float64)
-    for expert in ids.unique().tolist():
+    for expert in torch.unique(ids).tolist():
         token, j = (ids == expert).nonzero(as_tuple=True)
         h = hidden[token].double() @ up[expert].double().T
         if gated:
@@ -195,9 +223,9 @@ def reference(up, down, hidden, ids, weights, gated):
     return out
 
 
-def graph_of(function):
+def graph_of(function: Layer) -> torch.cuda.CUDAGraph:
     """A CUDA graph of what `function` enqueues."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
@@ -208,7 +236,7 @@ def graph_of(function):
     return graph
 
 
-def new_ids(tokens, experts, top_k, routing):
+def new_ids(tokens: int, experts: int, top_k: int, routing: str) -> Tensor:
     """Fresh choices of experts: `uniform`, `zipf`, or all tokens to `one`."""
     if routing == "one":
         return torch.arange(top_k, device="cuda").expand(tokens, top_k).contiguous()
@@ -219,13 +247,13 @@ def new_ids(tokens, experts, top_k, routing):
     return scores.topk(top_k, -1).indices
 
 
-def compile_tiles(case):
+def compile_tiles(case: tuple[str, int]) -> None:
     """Compiles Triton's kernels for one case, so that processes do it side by side."""
     from triton_moe import TritonLayer, options_for
 
     name, tokens = case
     hidden_size, intermediate, experts, top_k, gated = SHAPES[name]
-    make = dict(device="cuda", dtype=torch.bfloat16)
+    make: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
     up = torch.empty(experts, (1 + gated) * intermediate, hidden_size, **make)
     down = torch.empty(experts, hidden_size, intermediate, **make)
     hidden = torch.empty(tokens, hidden_size, **make)
@@ -244,21 +272,36 @@ def compile_tiles(case):
 class Timer:
     """Times a graph, in microseconds, with cold L2."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.cold = torch.empty(64 << 20, device="cuda", dtype=torch.float32)
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.begin, self.end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
 
-    def __call__(self, graph):
+    def __call__(self, graph: torch.cuda.CUDAGraph) -> float:
         """What one replay takes."""
         self.cold.max()  # 256 MB pass through L2 and leave no dirty lines
         self.begin.record()
         graph.replay()
         self.end.record()
         self.end.synchronize()
-        return self.begin.elapsed_time(self.end) * 1e3
+        return float(self.begin.elapsed_time(self.end)) * 1e3
 
 
-def measure(library, name, tokens, up, down, kernels, routing, repetitions, tiles, timer, dtype):
+def measure(
+    library: ctypes.CDLL,
+    name: str,
+    tokens: int,
+    up: Tensor,
+    down: Tensor,
+    kernels: Sequence[str],
+    routing: str,
+    repetitions: int,
+    tiles: Tile | None,
+    timer: Timer,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
     """Times one shape and token count; a row of the result."""
     hidden_size, intermediate, experts, top_k, gated = SHAPES[name]
     activation = "silu" if gated else "relu"
@@ -267,19 +310,26 @@ def measure(library, name, tokens, up, down, kernels, routing, repetitions, tile
     weights = torch.rand(tokens, top_k, device="cuda") + 0.1
     common = (up, down, hidden, ids, weights)
     candidates, errors = {}, {}
-    layers = {}
-    for kernel in kernels:
-        layers[f"sida {kernel}"] = SidaLayer(library, kernel, *common, activation, gated)
-    row = {"shape": name, "tokens": tokens, "routing": routing, "dtype": str(dtype).split(".")[1]}
+    own = {
+        f"sida {kernel}": SidaLayer(library, kernel, *common, activation, gated)
+        for kernel in kernels
+    }
+    layers: dict[str, Layer] = dict(own)
+    row: dict[str, Any] = {
+        "shape": name,
+        "tokens": tokens,
+        "routing": routing,
+        "dtype": str(dtype).split(".")[1],
+    }
     if dtype == torch.bfloat16:
         from triton_moe import TritonLayer, options_for
 
-        peer = TritonLayer(*common, gated, next(iter(layers.values())).plan)
+        peer = TritonLayer(*common, gated, next(iter(own.values())).plan)
         if tiles is None:
             tried = {}
             for tile in options_for(tokens * top_k / experts):
                 try:
-                    graph = graph_of(lambda tile=tile: peer(tile))
+                    graph = graph_of(functools.partial(peer, tile))
                     tried[tile] = statistics.median(timer(graph) for _ in range(5))
                 except Exception as error:  # a tile may not fit
                     print(name, tokens, tile, str(error)[:200], flush=True)
@@ -290,21 +340,21 @@ def measure(library, name, tokens, up, down, kernels, routing, repetitions, tile
         layers["grouped_mm"] = grouped_chain(*common, gated)
     else:
         layers["cublas_loop"] = cublas_loop(*common, gated)
-    exact = (reference if tokens <= 4096 or dtype != torch.bfloat16 else grouped_chain)(
-        *common, gated
-    )
-    exact = exact() if callable(exact) else exact
+    if tokens <= 4096 or dtype != torch.bfloat16:
+        exact = reference(*common, gated)
+    else:
+        exact = grouped_chain(*common, gated)()
     for label, layer in list(layers.items()):
         out = layer()
         torch.cuda.synchronize()
         errors[label] = relative_error(out, exact)
         candidates[label] = graph_of(layer)
-    times = {label: [] for label in candidates}
+    times: dict[str, list[float]] = {label: [] for label in candidates}
     active = 0
     for repetition in range(repetitions + 3):
         fresh = new_ids(tokens, experts, top_k, routing)
         ids.copy_(fresh)
-        active += len(fresh.unique())
+        active += len(torch.unique(fresh))
         for label, graph in candidates.items():
             took = timer(graph)
             if repetition >= 3:
@@ -321,7 +371,7 @@ def measure(library, name, tokens, up, down, kernels, routing, repetitions, tile
     return row
 
 
-def summary(row):
+def summary(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     times = row["median_us"]
     base = times.get("triton")
@@ -368,7 +418,7 @@ def main() -> None:
     started = time.perf_counter()
     for name in options.shapes.split(","):
         hidden_size, intermediate, experts, _, gated = SHAPES[name]
-        make = dict(device="cuda", dtype=dtype)
+        make: dict[str, Any] = dict(device="cuda", dtype=dtype)
         up = (
             torch.randn(experts, (1 + gated) * intermediate, hidden_size, **make)
             * hidden_size**-0.5

@@ -45,7 +45,7 @@ def run(model: Any, tokens: Tensor, before: Callable[[], None]) -> tuple[float, 
     """Return the seconds of a prompt, and of a token behind it; tokens [1, PROMPT + TOKENS]."""
     cache = DynamicCache(config=model.config)
     seconds = []
-    for part in tokens.split([PROMPT, *[1] * TOKENS], dim=1):
+    for part in torch.split(tokens, [PROMPT, *[1] * TOKENS], dim=1):
         before()
         seconds.append(
             encoder.timed(functools.partial(model, part, past_key_values=cache, use_cache=True))

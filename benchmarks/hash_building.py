@@ -8,6 +8,7 @@ Switch-base's shape.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +74,7 @@ def compare(
         return encoder.timed(lambda: list(mapped)) / MAPPED
 
     times = harness.interleave(
-        {name: lambda name=name: run(name) for name in handles}, repetitions, begin_turn
+        {name: functools.partial(run, name) for name in handles}, repetitions, begin_turn
     )
     building = [
         event["dur"] * 1e-6

@@ -357,7 +357,7 @@ def auto_policy(results: Results) -> str:
     return f"{text}. The others' bytes over its own: {others}."
 
 
-BLOCKS: dict[str, Callable[[Results], str]] = {
+BLOCKS: Mapping[str, Callable[[Results], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         gains,

@@ -6,11 +6,14 @@ activation, sum over choices) are written here, each one launch. Imports need a 
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "build" / "triton_moe"))
 from fused_moe_kernel import fused_moe_kernel
@@ -18,7 +21,7 @@ from fused_moe_kernel import fused_moe_kernel
 # fmt: off
 # (rows, outputs, depth, group, warps, stages) of a tile, by rows of an expert on average: those of
 # vLLM's own tables for this GPU and their neighbours.
-TILES = {
+TILES: dict[int, list[tuple[int, ...]]] = {
     2: [(16, 64, 128, 1, 4, 4), (16, 32, 256, 1, 4, 4), (16, 128, 128, 1, 4, 3),
         (16, 64, 64, 1, 4, 5)],
     20: [(16, 64, 128, 1, 4, 4), (16, 128, 128, 1, 4, 3), (16, 128, 64, 1, 4, 5),
@@ -32,13 +35,14 @@ TILES = {
 # fmt: on
 
 
-def options_for(rows):
+def options_for(rows: float) -> list[tuple[int, ...]]:
     """The tiles worth a try for `rows` rows of an expert on average."""
     return next(tiles for most, tiles in TILES.items() if rows <= most)
 
 
-@triton.jit
-def _pad_rows(
+# A kernel's parameters are Triton's, which have no types in Python.
+@triton.jit  # type: ignore[untyped-decorator]
+def _pad_rows(  # type: ignore[no-untyped-def]
     counts,
     offsets,
     order,
@@ -67,8 +71,10 @@ def _pad_rows(
         tl.store(experts + first + tile, expert)
 
 
-@triton.jit
-def _activate(source, to, width, GATED: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _activate(  # type: ignore[no-untyped-def]
+    source, to, width, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -81,8 +87,10 @@ def _activate(source, to, width, GATED: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(to + row * width + column, value.to(to.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _sum_choices(source, to, H, K: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_choices(  # type: ignore[no-untyped-def]
+    source, to, H, K: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < H
@@ -95,13 +103,22 @@ def _sum_choices(source, to, H, K: tl.constexpr, BLOCK: tl.constexpr):
 class TritonLayer:
     """One layer; `plan` enqueues the grouping of rows and gives counts, offsets and order."""
 
-    def __init__(self, up, down, hidden, ids, weights, gated, plan):
+    def __init__(
+        self,
+        up: Tensor,
+        down: Tensor,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gated: bool,
+        plan: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
         self.up, self.down, self.hidden, self.ids, self.weights = up, down, hidden, ids, weights
         self.gated, self.plan = gated, plan
         self.tokens, self.top_k = ids.shape
         self.experts, self.intermediate = up.shape[0], down.shape[2]
         count = self.tokens * self.top_k
-        make = dict(device=hidden.device, dtype=hidden.dtype)
+        make: dict[str, Any] = dict(device=hidden.device, dtype=hidden.dtype)
         self.products = torch.empty(count, up.shape[1], **make)
         self.activations = torch.empty(count, self.intermediate, **make)
         self.results = torch.empty(count, hidden.shape[1], **make)
@@ -110,9 +127,9 @@ class TritonLayer:
         self.rows = torch.empty(padded, device=hidden.device, dtype=torch.int32)
         self.tile_experts = torch.empty(padded // 16 + 1, device=hidden.device, dtype=torch.int32)
         self.padded = torch.empty(1, device=hidden.device, dtype=torch.int32)
-        self.padded_alone = {}
+        self.padded_alone: dict[int, Tensor] = {}
 
-    def __call__(self, tile):
+    def __call__(self, tile: tuple[int, ...]) -> Tensor:
         """Enqueues the layer with this tile; its result."""
         count = self.tokens * self.top_k
         # vLLM leaves out the padding where so few rows fall on so many experts.
@@ -145,7 +162,20 @@ class TritonLayer:
             )
         return self.out
 
-    def _product(self, a, b, c, top_k, weighted, rows, experts, padded, size, alone, tile):
+    def _product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        top_k: int,
+        weighted: bool,
+        rows: Tensor,
+        experts: Tensor,
+        padded: Tensor,
+        size: int,
+        alone: bool,
+        tile: tuple[int, ...],
+    ) -> None:
         block_rows, outputs, depth, group, warps, stages = tile
         grid = (triton.cdiv(size, block_rows) * triton.cdiv(b.shape[1], outputs),)
         fused_moe_kernel[grid](

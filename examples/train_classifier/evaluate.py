@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ def evaluate(classifier: Classifier, texts: Encoded, *, batch_size: int = 256) -
     Tokens are those of the attention mask: padding counts in nothing.
     """
     device = next(classifier.parameters()).device
-    routers = [m.router.classifier for m in classifier.encoder.modules() if hasattr(m, "router")]
+    modules: Iterable[Any] = classifier.encoder.modules()
+    routers = [module.router.classifier for module in modules if hasattr(module, "router")]
     logits: list[Tensor] = [torch.empty(0)] * len(routers)
     counts = [torch.zeros(router.out_features, dtype=torch.int64) for router in routers]
 
@@ -40,7 +41,8 @@ def evaluate(classifier: Classifier, texts: Encoded, *, batch_size: int = 256) -
     classifier.eval()
     try:
         # Texts of one length together: less padding, the same results.
-        for index in tqdm(texts.lengths.argsort(stable=True).split(batch_size), desc="evaluate"):
+        parts = torch.split(texts.lengths.argsort(stable=True), batch_size)
+        for index in tqdm(parts, desc="evaluate"):
             ids, mask, labels = (t.to(device) for t in texts.batch(index))
             correct += int((classifier(ids, mask).argmax(-1) == labels).sum())
             for layer, count in enumerate(counts):

@@ -168,9 +168,9 @@ def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> li
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator)
     batches: list[Tensor] = []
-    for pool in order.split(16 * batch_size):
+    for pool in torch.split(order, 16 * batch_size):
         by_length = pool[lengths[pool].argsort(stable=True)]
-        batches += [b for b in by_length.split(batch_size) if len(b) == batch_size]
+        batches += [b for b in torch.split(by_length, batch_size) if len(b) == batch_size]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, experts: nn.ModuleDict, dropout: float = 0.0) -> None:
         super().__init__()
-        linears = list(experts.values())
+        linears: list[Any] = list(experts.values())
         self.up = nn.Parameter(torch.stack([e.wi.weight.detach() for e in linears]))
         self.down = nn.Parameter(torch.stack([e.wo.weight.detach() for e in linears]))
         self.dropout = dropout
@@ -45,16 +46,16 @@ class GroupedExperts(nn.Module):
         return out * weights.to(hidden.dtype)
 
 
-def sparse_mlps(encoder: nn.Module) -> list[nn.Module]:
+def sparse_mlps(encoder: nn.Module) -> list[Any]:
     """The MoE layers' MLPs of a Switch encoder, in model order."""
-    blocks = encoder.encoder.block  # type: ignore[union-attr]
-    return [b.layer[-1].mlp for b in blocks if b.layer[-1].is_sparse]  # type: ignore[union-attr]
+    whole: Any = encoder
+    return [b.layer[-1].mlp for b in whole.encoder.block if b.layer[-1].is_sparse]
 
 
 def group_experts(encoder: nn.Module, dropout: float = 0.0) -> None:
     """Replaces the experts of every MoE layer of a Switch encoder in place."""
     for mlp in sparse_mlps(encoder):
-        mlp.experts = GroupedExperts(mlp.experts, dropout)  # type: ignore[arg-type]
+        mlp.experts = GroupedExperts(mlp.experts, dropout)
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def record_logits(encoder: nn.Module) -> list[Tensor]:
         logits[layer] = output
 
     for i, mlp in enumerate(mlps):
-        router = mlp.router.classifier  # type: ignore[union-attr]
+        router = mlp.router.classifier
         router.register_forward_hook(lambda _m, _x, output, i=i: keep(i, output))
     return logits
 

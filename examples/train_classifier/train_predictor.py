@@ -50,7 +50,7 @@ class ShuffledBatches:
 
 def sorted_batches(texts: Encoded, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """All texts once, those of about one length together, with their labels."""
-    for index in texts.lengths.argsort(stable=True).split(batch_size):
+    for index in torch.split(texts.lengths.argsort(stable=True), batch_size):
         ids, mask, labels = texts.batch(index)
         yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 

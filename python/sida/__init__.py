@@ -27,8 +27,8 @@ from sida.layer import LayerExperts, OffloadedExperts
 from sida.stats import Stats
 
 if TYPE_CHECKING:
-    from sida.huggingface import from_pretrained, offload
-    from sida.torch import load_predictor, train_predictor
+    from sida.huggingface import Offloaded, from_pretrained, offload
+    from sida.torch import Predictor, load_predictor, train_predictor
 
 __all__ = [
     "CudaError",
@@ -39,7 +39,9 @@ __all__ = [
     "LayerExperts",
     "MoeConfig",
     "OffloadScheduler",
+    "Offloaded",
     "OffloadedExperts",
+    "Predictor",
     "Stats",
     "__version__",
     "from_pretrained",
@@ -50,6 +52,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Offloaded": "sida.huggingface",
+    "Predictor": "sida.torch",
     "from_pretrained": "sida.huggingface",
     "load_predictor": "sida.torch",
     "offload": "sida.huggingface",
