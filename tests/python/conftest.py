@@ -3,9 +3,18 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Continuous integration tries the same examples every time; other runs look for new ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Marks the tests of files that build models of the families."""
+    for item in items:
+        used = {getattr(value, "__module__", None) for value in vars(item.module).values()}
+        if "family_models" in used:
+            item.add_marker("families")

@@ -17,6 +17,8 @@ from switch_models import relative
 
 import sida
 
+pytestmark = pytest.mark.families
+
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
 REFUSED = {
     "DeepseekV4Experts": "activation",
