@@ -23,20 +23,22 @@ void bind_config(py::module_& module) {
       .def(py::init([](std::int32_t layers, std::int32_t experts, std::int32_t hidden_size,
                        std::int32_t intermediate_size, std::int32_t top_k,
                        const std::string& activation, bool gated, bool up_bias, bool down_bias,
-                       const std::string& dtype) {
+                       const std::string& dtype, float limit) {
              const MoeConfig config{layers,      experts,
                                     hidden_size, intermediate_size,
                                     top_k,       parse_activation(activation),
                                     gated,       up_bias,
-                                    down_bias,   parse_data_type(dtype)};
+                                    down_bias,   parse_data_type(dtype),
+                                    limit};
              validate(config);
              return config;
            }),
            py::kw_only(), py::arg("layers"), py::arg("experts"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("top_k") = 1, py::arg("activation") = "relu",
            py::arg("gated") = false, py::arg("up_bias") = false, py::arg("down_bias") = false,
-           py::arg("dtype") = "f32",
-           "activation: relu, gelu, gelu_tanh, silu, swiglu_clamped; dtype: f32, f16, bf16.\n\n"
+           py::arg("dtype") = "f32", py::arg("limit") = MoeConfig{}.limit,
+           "activation: relu, relu2, gelu, gelu_tanh, silu, silu_clamped, swiglu_clamped; dtype: "
+           "f32, f16, bf16; limit: what clamped activations cut gate and up at.\n\n"
            "Raises:\n    ValueError: A value that cannot be right, by name.")
       .def_readonly("layers", &MoeConfig::layers, "MoE layers of the model.")
       .def_readonly("experts", &MoeConfig::experts, "Experts in each layer.")
@@ -46,7 +48,10 @@ void bind_config(py::module_& module) {
       .def_property_readonly(
           "activation",
           [](const MoeConfig& config) { return std::string(name_of(config.activation)); },
-          "relu, gelu (exact), gelu_tanh, silu or swiglu_clamped (gated only).")
+          "relu, relu2 (its square), gelu (exact), gelu_tanh, silu; and gated only silu_clamped "
+          "(silu(gate) * up) and swiglu_clamped (gate * sigmoid(1.702 * gate) * (up + 1)), with "
+          "gate and up cut at limit.")
+      .def_readonly("limit", &MoeConfig::limit, "What clamped activations cut gate and up at.")
       .def_readonly("gated", &MoeConfig::gated, "Whether an activated gate multiplies up.")
       .def_readonly("up_bias", &MoeConfig::up_bias, "Whether up (and gate) have biases.")
       .def_readonly("down_bias", &MoeConfig::down_bias, "Whether down has a bias.")
@@ -82,7 +87,9 @@ void bind_config(py::module_& module) {
                "', gated=" + (config.gated ? "True" : "False") +
                ", up_bias=" + (config.up_bias ? "True" : "False") +
                ", down_bias=" + (config.down_bias ? "True" : "False") + ", dtype='" +
-               std::string(name_of(config.dtype)) + "')";
+               std::string(name_of(config.dtype)) +
+               "', limit=" + std::string(py::str(py::float_(static_cast<double>(config.limit)))) +
+               ")";
       });
 }
 

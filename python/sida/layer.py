@@ -116,6 +116,7 @@ class OffloadedExperts(LayerExperts):
         device: Any = None,
         policy: str = "auto",
         threads: int | None = None,
+        limit: float = 7.0,
     ) -> None:
         """Take the arrays as the slow tier.
 
@@ -126,8 +127,9 @@ class OffloadedExperts(LayerExperts):
             up_proj: [E, I, H]; gated: [E, 2 I, H], the gate's rows first.
             down_proj: [E, H, I].
             gated: Whether an activated gate multiplies the up projection.
-            activation: "relu", "gelu", "gelu_tanh", "silu" or "swiglu_clamped"
-                (gated only: as gpt-oss).
+            activation: "relu", "relu2" (its square), "gelu", "gelu_tanh", "silu"; gated only
+                "silu_clamped" (as DeepSeek-V4) and "swiglu_clamped" (as gpt-oss), which cut gate
+                and up at `limit`.
             memory: Limit for experts in fast memory: bytes (an int, "2GiB"), a share of all (0.2,
                 "20%"), or a count ("12 experts", "1 expert"). If all fit, they are used in place.
             up_bias: [E, I], gated [E, 2 I], or None.
@@ -136,6 +138,7 @@ class OffloadedExperts(LayerExperts):
                 arrays are.
             policy: "fifo", "lru", "lfu", "lookahead" or "auto".
             threads: For computing; by default as many as torch uses, where torch is loaded.
+            limit: Of a clamped activation: gate is cut from above, up on both sides.
 
         Raises:
             ValueError: Shapes or dtypes do not fit, or the budget is too small.
@@ -164,6 +167,7 @@ class OffloadedExperts(LayerExperts):
             up_bias=up_bias is not None,
             down_bias=down_bias is not None,
             dtype=_dtype(up_proj),
+            limit=limit,
         )
         parts = [_in_ram(detached(part)) for part in (up_proj, down_proj, up_bias, down_bias)]
         rows = [tuple(None if part is None else part[e] for part in parts) for e in range(experts)]

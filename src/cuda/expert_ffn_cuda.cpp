@@ -36,16 +36,22 @@ cuda::Act kernel_activation(Activation activation) {
   switch (activation) {
     case Activation::relu:
       return cuda::Act::relu;
+    case Activation::relu2:
+      return cuda::Act::relu2;
     case Activation::gelu:
       return cuda::Act::gelu;
     case Activation::gelu_tanh:
       return cuda::Act::gelu_tanh;
     case Activation::silu:
       return cuda::Act::silu;
+    case Activation::silu_clamped:
+      return cuda::Act::silu_clamped;
     case Activation::swiglu_clamped:
       return cuda::Act::swiglu_clamped;
   }
-  throw InvalidArgument("activation: expected one of relu, gelu, gelu_tanh, silu, swiglu_clamped");
+  throw InvalidArgument(
+      "activation: expected one of relu, relu2, gelu, gelu_tanh, silu, silu_clamped, "
+      "swiglu_clamped");
 }
 
 cuda::LayerShape shape_of(const MoeConfig& config) {
@@ -61,6 +67,7 @@ cuda::LayerShape shape_of(const MoeConfig& config) {
   shape.hidden = static_cast<int>(config.hidden_size);
   shape.intermediate = static_cast<int>(config.intermediate_size);
   shape.activation = kernel_activation(config.activation);
+  shape.limit = config.limit;
   shape.gated = config.gated;
   shape.up_bias = config.up_bias;
   shape.down_bias = config.down_bias;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <optional>
 #include <vector>
 
 #include "cuda/device.hpp"
@@ -48,6 +47,7 @@ cuda::LayerShape shape_of(const MoeConfig& config, std::int64_t tokens,
   shape.hidden = config.hidden_size;
   shape.intermediate = config.intermediate_size;
   shape.activation = static_cast<cuda::Act>(config.activation);
+  shape.limit = config.limit;
   shape.gated = config.gated;
   shape.up_bias = config.up_bias;
   shape.down_bias = config.down_bias;
@@ -88,13 +88,9 @@ class GpuLayer {
     arena_.fill(arena);
   }
 
-  /// Has later calls use an activation that MoeConfig has no name for.
-  void activate(cuda::Act activation) { activation_ = activation; }
-
   /// Calls with the experts divided over `waves` calls of compute_experts().
   Tensor run(const Input& input, std::int32_t waves = 1) {
-    cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
-    if (activation_) shape.activation = *activation_;
+    const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
     DeviceBuffer hidden, ids, weights, plan_memory, workspace, out, slots;
     hidden.fill(input.hidden.bytes);
     ids.fill(input.ids.bytes);
@@ -190,7 +186,6 @@ class GpuLayer {
   MoeConfig config_;
   SlabLayout layout_;
   cuda::Kernel kernel_;
-  std::optional<cuda::Act> activation_;
   std::int32_t slots_;
   DeviceBuffer arena_;
   std::int32_t invalid_ = 0;
@@ -265,6 +260,7 @@ TEST_CASE("a layer is within its dtype's limit of the definition in f64") {
                           Case{16, 4, 128, 40, true, Activation::silu, false},
                           Case{4, 2, 72, 200, true, Activation::gelu_tanh, true},
                           Case{4, 2, 64, 136, false, Activation::gelu, true},
+                          Case{4, 2, 64, 136, false, Activation::relu2, false},
                           Case{5, 3, 37, 21, true, Activation::silu, true},
                           Case{3, 2, 40, 33, false, Activation::relu, true});
   const MoeConfig config = config_of(dtype, c.experts, c.top_k, c.hidden, c.intermediate, c.gated,
@@ -292,19 +288,23 @@ TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
   const auto c = GENERATE(Case{3, 1, 320, 200, false, Activation::relu, true},
                           Case{4, 2, 72, 264, true, Activation::gelu_tanh, true},
                           Case{2, 1, 328, 136, true, Activation::silu, false},
-                          Case{5, 3, 64, 64, false, Activation::gelu, true});
+                          Case{5, 3, 64, 64, false, Activation::gelu, true},
+                          Case{5, 3, 64, 64, false, Activation::relu2, true});
   const MoeConfig config = config_of(dtype, c.experts, c.top_k, c.hidden, c.intermediate, c.gated,
                                      c.activation, c.biases);
   CAPTURE(static_cast<int>(kernel), name_of(dtype), tokens, c.experts, c.hidden, c.intermediate);
   CHECK(error_of(config, random_input(config, tokens, 17), kernel) < tolerance(dtype));
 }
 
-TEST_CASE("gpt-oss's clamped swiglu is its definition, past the limit too") {
+TEST_CASE("activations that are clamped are their definitions, past the limit too") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
   const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::grouped, cuda::Kernel::hopper,
                                cuda::Kernel::tiled, cuda::Kernel::general);
-  const MoeConfig config = config_of(dtype, 1, 1, 64, 72, true, Activation::silu, true);
+  const auto activation = GENERATE(Activation::silu_clamped, Activation::swiglu_clamped);
+  const bool swiglu = activation == Activation::swiglu_clamped;
+  MoeConfig config = config_of(dtype, 1, 1, 64, 72, true, activation, true);
+  config.limit = 5.5f;
   Input input = random_input(config, 90, 41);
   for (std::int64_t i = 0; i < input.hidden.elements(); ++i)
     input.hidden.set(i, 16 * input.hidden.at(i));
@@ -321,9 +321,9 @@ TEST_CASE("gpt-oss's clamped swiglu is its definition, past the limit too") {
         part(layout.up_offset, 144, 64) * x + Vector(part(layout.up_bias_offset, 144, 1));
     Vector h(72);
     for (Eigen::Index i = 0; i < 72; ++i) {
-      const double gate = std::min(up[i], 7.0), beside = std::clamp(up[72 + i], -7.0, 7.0);
+      const double gate = std::min(up[i], 5.5), beside = std::clamp(up[72 + i], -5.5, 5.5);
       limited += gate != up[i] && beside != up[72 + i];
-      h[i] = (beside + 1) * gate / (1 + std::exp(-1.702 * gate));
+      h[i] = (beside + (swiglu ? 1 : 0)) * gate / (1 + std::exp((swiglu ? -1.702 : -1) * gate));
     }
     expected.row(t) = input.weights.at(t) * (part(layout.down_offset, 64, 72) * h +
                                              Vector(part(layout.down_bias_offset, 64, 1)))
@@ -331,9 +331,8 @@ TEST_CASE("gpt-oss's clamped swiglu is its definition, past the limit too") {
   }
   REQUIRE(limited > 0);
   GpuLayer layer(config, slabs, kernel);
-  layer.activate(cuda::Act::swiglu_clamped);
   const Tensor out = layer.run(input);
-  CAPTURE(name_of(dtype), static_cast<int>(kernel));
+  CAPTURE(name_of(dtype), static_cast<int>(kernel), name_of(activation));
   CHECK(relative_error(matrix(out.bytes.data(), dtype, 90, 64), expected) < tolerance(dtype));
 }
 

@@ -98,7 +98,12 @@ TEST_CASE("Activation and top_k come from the config, or are the usual ones") {
       find(gated, {}, R"({"hidden_act":"gelu_pytorch_tanh","num_experts_per_tok":3})").config;
   CHECK(config.activation == Activation::gelu_tanh);
   CHECK(config.top_k == 3);
-  check_refused(gated, "relu2", {}, R"({"hidden_act":"relu2","num_experts_per_tok":3})");
+  CHECK(find(separate, {}, R"({"dense_act_fn":"relu2"})").config.activation == Activation::relu2);
+  const auto clamped =
+      find(gated, {}, R"({"hidden_act":"silu","num_experts_per_tok":3,"swiglu_limit":10})").config;
+  CHECK(clamped.activation == Activation::silu_clamped);
+  CHECK(clamped.limit == 10);
+  check_refused(gated, "mish", {}, R"({"hidden_act":"mish","num_experts_per_tok":3})");
   check_refused(gated, "hidden_act", {}, R"({"num_experts_per_tok":3})");
   check_refused(gated, "num_experts_per_tok", {}, R"({"hidden_act":"silu"})");
   check_refused(gated, "top_k", {}, R"({"hidden_act":"silu","num_experts_per_tok":4})");
@@ -116,7 +121,7 @@ TEST_CASE("A given config is checked against the tensors and says the rest") {
                          .dtype = sida::DataType::bf16};
   const auto checkpoint = stacked_layer({});
   CHECK(find(checkpoint, {.config = config}).config == config);
-  CHECK(find(checkpoint, {.config = config}, R"({"hidden_act":"relu2"})").config == config);
+  CHECK(find(checkpoint, {.config = config}, R"({"hidden_act":"mish"})").config == config);
   CHECK(find(checkpoint, {.config = config, .dtype = sida::DataType::f16}).config.dtype ==
         sida::DataType::f16);
   config.experts = 4;

@@ -101,17 +101,21 @@ TEST_CASE("config.json gives what sida needs of it, from a text model inside too
   CHECK(!t5.top_k);
   const auto inner = read(R"({"model_type":"x","text_config":{"hidden_size":64,"hidden_act":"gelu",
                               "num_experts_per_tok":null,"text_config":{"d_model":1}}})");
+  CHECK(!inner.swiglu_limit);
+  CHECK(read(R"({"text_config":{"swiglu_limit":10.5}})").swiglu_limit == 10.5f);
   CHECK(inner.hidden_size == 64);
   CHECK(inner.activation == "gelu");
   CHECK(!inner.top_k);
-  for (const char* bad : {"[]", "{", R"({"hidden_size":-1})", R"({"hidden_size":"768"})",
-                          R"({"hidden_size":4294967296})", R"({"num_experts_per_tok":0})",
-                          R"({"hidden_act":7})", R"({"model_type":["a"]})"})
+  for (const char* bad :
+       {"[]", "{", R"({"hidden_size":-1})", R"({"hidden_size":"768"})",
+        R"({"hidden_size":4294967296})", R"({"num_experts_per_tok":0})", R"({"hidden_act":7})",
+        R"({"swiglu_limit":0})", R"({"swiglu_limit":"7"})", R"({"model_type":["a"]})"})
     CHECK_THROWS_AS(read(bad), IoError);
   using sida::Activation;
   CHECK(sida::transformers_activation("gelu") == Activation::gelu);
   CHECK(sida::transformers_activation("gelu_new") == Activation::gelu_tanh);
   CHECK(sida::transformers_activation("gelu_pytorch_tanh") == Activation::gelu_tanh);
   CHECK(sida::transformers_activation("swish") == Activation::silu);
-  CHECK(!sida::transformers_activation("relu2"));
+  CHECK(sida::transformers_activation("relu2") == Activation::relu2);
+  CHECK(!sida::transformers_activation("mish"));
 }

@@ -17,10 +17,11 @@ TEST_CASE("A MoeConfig is written to JSON field by field and comes back as it wa
                          .gated = true,
                          .up_bias = true,
                          .down_bias = false,
-                         .dtype = sida::DataType::bf16};
+                         .dtype = sida::DataType::bf16,
+                         .limit = 10.5f};
   const json expected = json::parse(R"({"layers":4,"experts":32,"hidden_size":128,
       "intermediate_size":256,"top_k":2,"activation":"gelu_tanh","gated":true,"up_bias":true,
-      "down_bias":false,"dtype":"bf16"})");
+      "down_bias":false,"dtype":"bf16","limit":10.5})");
   CHECK(sida::to_json(config) == expected);
   CHECK(sida::moe_config_from_json(expected) == config);
 }
@@ -31,10 +32,11 @@ TEST_CASE("JSON that is no MoeConfig is refused by the key") {
   struct Case {
     const char *key, *value;
   };
-  for (const Case& bad : {Case{"layers", "0"}, Case{"layers", "-1"}, Case{"experts", "2.0"},
-                          Case{"hidden_size", "4294967296"}, Case{"gated", "1"},
-                          Case{"activation", "\"tanh\""}, Case{"activation", "3"},
-                          Case{"dtype", "\"i32\""}, Case{"top_k", "3"}, Case{"d_model", "3"}}) {
+  for (const Case& bad :
+       {Case{"layers", "0"}, Case{"layers", "-1"}, Case{"experts", "2.0"},
+        Case{"hidden_size", "4294967296"}, Case{"gated", "1"}, Case{"activation", "\"tanh\""},
+        Case{"activation", "3"}, Case{"dtype", "\"i32\""}, Case{"top_k", "3"}, Case{"limit", "0"},
+        Case{"limit", "\"7\""}, Case{"d_model", "3"}}) {
     json config = json::parse(good);
     config[bad.key] = json::parse(bad.value);
     INFO(bad.key << ": " << bad.value);

@@ -40,6 +40,8 @@ def random_experts(config: MoeConfig, seed: int = 0) -> list[list[tuple[Any, ...
 def _activation(name: str, x: np.ndarray) -> np.ndarray:
     if name == "relu":
         return np.maximum(x, 0)
+    if name == "relu2":
+        return np.maximum(x, 0) ** 2
     if name == "gelu":
         return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2)))
     if name == "gelu_tanh":

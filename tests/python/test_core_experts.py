@@ -33,7 +33,11 @@ def scheduler_of(
 
 @pytest.mark.parametrize(
     ("activation", "gated", "biases"),
-    list(itertools.product(("relu", "gelu", "gelu_tanh", "silu"), (False, True), (False, True))),
+    list(
+        itertools.product(
+            ("relu", "relu2", "gelu", "gelu_tanh", "silu"), (False, True), (False, True)
+        )
+    ),
 )
 def test_agrees_with_the_formula(activation: str, gated: bool, biases: bool) -> None:
     config = MoeConfig(

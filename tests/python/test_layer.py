@@ -22,6 +22,7 @@ import sida
 LIMITS = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -112,6 +113,29 @@ def test_any_shape_routing_and_dtype(experts: int, choices: int, slots: int, **s
         y = layer(case.x, case.ids, case.weights)
         case.check(y)
         assert (resident(case.x, case.ids, case.weights) == y).all()
+
+
+@pytest.mark.parametrize(("activation", "added", "slope"), [
+    ("silu_clamped", 0, 1), ("swiglu_clamped", 1, 1.702),
+])  # fmt: skip
+@pytest.mark.parametrize("limit", [0.25, 1.5])
+def test_gate_and_up_are_cut_at_a_limit(
+    activation: str, added: float, slope: float, limit: float
+) -> None:
+    case = Case(gated=True, activation=activation)
+    with case.layer(0.5, limit=limit) as layer:
+        y = layer(case.x, case.ids, case.weights)
+    expected = np.zeros_like(y, dtype=np.float64)
+    for t, x in enumerate(case.x.astype(np.float64)):
+        for e, weight in zip(case.ids[t], case.weights[t], strict=True):
+            gate, up = np.split(case.up[e] @ x, 2)
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + added
+            expected[t] += weight * (case.down[e] @ (gate / (1 + np.exp(-slope * gate)) * up))
+    assert np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
+    with pytest.raises(ValueError, match=f"gated experts with {activation}"):
+        Case(activation=activation).layer()
+    with pytest.raises(ValueError, match="limit > 0, got 0"):
+        case.layer(limit=0.0)
 
 
 @pytest.mark.parametrize("memory", ["1 expert", 0.34, 0.5, 1.0])

@@ -25,18 +25,22 @@ inline Matrix matrix(const std::byte* data, DataType type, Eigen::Index rows,
 }
 
 /// The definitions, in f64.
-inline double reference_activation(Activation activation, double x) {
+inline double reference_activation(Activation activation, double x, double limit = 7) {
   switch (activation) {
     case Activation::relu:
       return std::max(x, 0.0);
+    case Activation::relu2:
+      return std::pow(std::max(x, 0.0), 2);
     case Activation::gelu:
       return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
     case Activation::gelu_tanh:
       return x * 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::silu:
       return x / (1 + std::exp(-x));
+    case Activation::silu_clamped:
+      return std::min(x, limit) / (1 + std::exp(-std::min(x, limit)));
     case Activation::swiglu_clamped:
-      return std::min(x, 7.0) / (1 + std::exp(-1.702 * std::min(x, 7.0)));
+      return std::min(x, limit) / (1 + std::exp(-1.702 * std::min(x, limit)));
   }
   return x;
 }
@@ -45,6 +49,7 @@ inline double reference_activation(Activation activation, double x) {
 inline Vector reference_expert(const MoeConfig& config, const std::vector<std::byte>& slab,
                                const Vector& x) {
   const SlabLayout layout(config);
+  const double limit = static_cast<double>(config.limit);
   const Eigen::Index hidden = config.hidden_size, intermediate = config.intermediate_size;
   const Eigen::Index up_rows = config.gated ? 2 * intermediate : intermediate;
   const auto part = [&](std::size_t offset, Eigen::Index rows, Eigen::Index columns) {
@@ -53,11 +58,12 @@ inline Vector reference_expert(const MoeConfig& config, const std::vector<std::b
   Vector up = part(layout.up_offset, up_rows, hidden) * x;
   if (config.up_bias) up += part(layout.up_bias_offset, up_rows, 1);
   Vector h = up.head(intermediate).unaryExpr([&](double value) {
-    return reference_activation(config.activation, value);
+    return reference_activation(config.activation, value, limit);
   });
   Vector factors = up.tail(intermediate);
-  if (config.activation == Activation::swiglu_clamped)
-    factors = factors.unaryExpr([](double value) { return std::clamp(value, -7.0, 7.0) + 1; });
+  if (is_clamped(config.activation))
+    factors = factors.unaryExpr([&](double value) { return std::clamp(value, -limit, limit); });
+  if (config.activation == Activation::swiglu_clamped) factors.array() += 1;
   if (config.gated) h = h.cwiseProduct(factors);
   Vector out = part(layout.down_offset, hidden, intermediate) * h;
   if (config.down_bias) out += part(layout.down_bias_offset, hidden, 1);

@@ -96,6 +96,7 @@ inline void take_model_config(const std::optional<ModelConfig>& model, bool is_s
   };
   if (model->model_type == "gpt_oss" || model->model_type == "openai_privacy_filter") {
     config.activation = Activation::swiglu_clamped;  // whatever hidden_act says
+    config.limit = model->swiglu_limit.value_or(config.limit);
     if (!model->top_k) throw missing("num_experts_per_tok");
     config.top_k = *model->top_k;
     return;
@@ -104,10 +105,14 @@ inline void take_model_config(const std::optional<ModelConfig>& model, bool is_s
   const auto activation = transformers_activation(*model->activation);
   if (!activation)
     throw InvalidArgument(model->path +
-                          ": expected an activation among relu, gelu, gelu_new, "
-                          "gelu_pytorch_tanh, silu, swish; got " +
+                          ": expected an activation among relu, relu2, gelu, "
+                          "gelu_new, gelu_pytorch_tanh, silu, swish; got " +
                           in_quotes(*model->activation));
   config.activation = *activation;
+  if (config.gated && model->swiglu_limit && *activation == Activation::silu) {
+    config.activation = Activation::silu_clamped;  // as in DeepSeek-V4
+    config.limit = *model->swiglu_limit;
+  }
   if (is_switch) return;  // top-1 by design; its config.json does not say so
   if (!model->top_k) throw missing("num_experts_per_tok");
   config.top_k = *model->top_k;

@@ -23,7 +23,8 @@ inline nlohmann::json to_json(const MoeConfig& config) {
           {"gated", config.gated},
           {"up_bias", config.up_bias},
           {"down_bias", config.down_bias},
-          {"dtype", name_of(config.dtype)}};
+          {"dtype", name_of(config.dtype)},
+          {"limit", config.limit}};
 }
 
 /// The inverse of to_json. Sizes are required; the other keys have MoeConfig's defaults.
@@ -44,6 +45,8 @@ inline MoeConfig moe_config_from_json(const nlohmann::json& json) {
       if (!found->is_boolean()) wrong("true or false");
     } else if constexpr (std::is_same_v<T, std::string>) {
       if (!found->is_string()) wrong("a string");
+    } else if constexpr (std::is_same_v<T, float>) {
+      if (!found->is_number()) wrong("a number");
     } else {
       if (!found->is_number_unsigned() || found->template get<std::uint64_t>() > INT32_MAX)
         wrong("a non-negative 32-bit integer");
@@ -59,6 +62,7 @@ inline MoeConfig moe_config_from_json(const nlohmann::json& json) {
   get("gated", config.gated);
   get("up_bias", config.up_bias);
   get("down_bias", config.down_bias);
+  get("limit", config.limit);
   std::string activation(name_of(config.activation)), dtype(name_of(config.dtype));
   get("activation", activation);
   get("dtype", dtype);

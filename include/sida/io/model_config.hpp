@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -22,6 +23,7 @@ struct ModelConfig {
   std::optional<std::int32_t> hidden_size;
   std::optional<std::string> activation;  ///< transformers' name for it
   std::optional<std::int32_t> top_k;
+  std::optional<float> swiglu_limit;  ///< what gate and up are cut at
   /// Rows and columns of the blocks of fp8 weights that share a scale.
   std::optional<std::array<std::int64_t, 2>> fp8_block;
 };
@@ -76,6 +78,16 @@ inline ModelConfig read_model_config(const std::filesystem::path& path) {
                     " to be a positive integer, got " + in_quotes(value->dump()));
     return std::optional(value->get<std::int32_t>());
   };
+  const auto positive = [&](std::initializer_list<const char*> keys) {
+    const nlohmann::json* value = detail::find_key(json, keys);
+    if (!value) return std::optional<float>();
+    const bool right = value->is_number() && value->get<double>() > 0 &&
+                       value->get<double>() <= std::numeric_limits<float>::max();
+    if (!right)
+      throw IoError(path.string() + ": expected " + *keys.begin() +
+                    " to be a positive number, got " + in_quotes(value->dump()));
+    return std::optional(value->get<float>());
+  };
   const auto text = [&](std::initializer_list<const char*> keys) {
     const nlohmann::json* value = detail::find_key(json, keys);
     if (!value) return std::optional<std::string>();
@@ -90,6 +102,7 @@ inline ModelConfig read_model_config(const std::filesystem::path& path) {
   config.hidden_size = integer({"hidden_size", "d_model"});
   config.activation = text({"hidden_act", "hidden_activation", "mlp_hidden_act", "dense_act_fn"});
   config.top_k = integer({"num_experts_per_tok"});
+  config.swiglu_limit = positive({"swiglu_limit"});
   config.fp8_block = detail::fp8_block(json, config.path);
   return config;
 }
@@ -100,7 +113,8 @@ inline std::optional<Activation> transformers_activation(std::string_view name) 
     std::string_view name;
     Activation activation;
   };
-  static constexpr std::array<Name, 6> names{{{"relu", Activation::relu},
+  static constexpr std::array<Name, 7> names{{{"relu", Activation::relu},
+                                              {"relu2", Activation::relu2},
                                               {"gelu", Activation::gelu},
                                               {"gelu_new", Activation::gelu_tanh},
                                               {"gelu_pytorch_tanh", Activation::gelu_tanh},

@@ -35,17 +35,20 @@ NO_PREDICTOR = (
 )
 
 
-def _swiglu_clamped(gate: Tensor, up: Tensor) -> Tensor:
-    gate = gate.clamp(max=7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+CLAMPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu_clamped": lambda gate, up: F.silu(gate) * up,
+    "swiglu_clamped": lambda gate, up: gate * torch.sigmoid(1.702 * gate) * (up + 1),
+}
+"""Of gate and up, both cut at a limit before."""
+LIMITS = ("limit", "swiglu_limit")
+"""Attributes in which experts keep that limit."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -61,6 +64,8 @@ class ExpertsForm:
     hidden_size: int
     intermediate_size: int
     activation: str
+    limit: float | None
+    """What gate and up are cut at, where the activation does."""
     gated: bool
     biased: bool
     transposed: bool
@@ -108,11 +113,13 @@ class ExpertsForm:
                 f"{list(down.shape)}"
             )
         interleaved = gated and not experts.is_concatenated
+        activation, limit = _find_activation(experts, gated, interleaved, where)
         return cls(
             experts=up.shape[0],
             hidden_size=columns,
             intermediate_size=intermediate,
-            activation=_find_activation(experts, gated, interleaved, where),
+            activation=activation,
+            limit=limit,
             gated=gated,
             biased=biased,
             transposed=transposed,
@@ -126,23 +133,34 @@ def _names(gated: bool, biased: bool) -> list[str]:
     return names + [f"{name}_bias" for name in names] if biased else names
 
 
-def _find_activation(experts: Any, gated: bool, interleaved: bool, where: str) -> str:
-    """Tell the activation by what it does, since families spell it in many ways."""
-    gate = torch.linspace(-12, 12, 97)
+def _find_activation(
+    experts: Any, gated: bool, interleaved: bool, where: str
+) -> tuple[str, float | None]:
+    """Tell the activation by what it does, since families spell it in many ways.
+
+    Returns:
+        Its name, and what it cuts gate and up at, if it does.
+    """
+    limit = next((float(v) for name in LIMITS if (v := getattr(experts, name, None))), None)
+    reach = max(12.0, 1.5 * (limit or 0))
+    gate = torch.linspace(-reach, reach, 97)
     up = gate.roll(41)
     known = {name: function(gate) for name, function in ACTIVATIONS.items()}
     if gated:
         known = {name: values * up for name, values in known.items()}
-        known["swiglu_clamped"] = _swiglu_clamped(gate, up)
+        if limit is not None:
+            cut = gate.clamp(max=limit), up.clamp(-limit, limit)
+            known |= {name: function(*cut) for name, function in CLAMPED.items()}
         pair = torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])
         got = experts._apply_gate(pair[None])[0]
     else:
         got = experts.act_fn(gate)
     for name, values in known.items():
         if torch.allclose(got, values, rtol=1e-5, atol=1e-5):
-            return name
+            return name, limit if name in CLAMPED else None
+    names = ", ".join([*ACTIVATIONS, *CLAMPED])
     raise ValueError(
-        f"{where}: expected experts whose activation is one of {', '.join(known)}, got another: "
+        f"{where}: expected experts whose activation is one of {names}, got another: "
         f"{getattr(experts, 'act_fn', None) or type(experts)._apply_gate.__qualname__}"
     )
 
@@ -226,6 +244,7 @@ class InterfaceAdapter:
         from sida import MoeConfig
 
         form = self._form
+        limit = {} if form.limit is None else {"limit": form.limit}
         return MoeConfig(
             layers=len(self._forms),
             experts=form.experts,
@@ -237,6 +256,7 @@ class InterfaceAdapter:
             up_bias=form.biased,
             down_bias=form.biased,
             dtype=dtype,
+            **limit,
         )
 
     def has_experts(self) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SparseMlp = modeling.SwitchTransformersSparseMLP
 ACTIVATIONS = {
     "relu": "relu",
+    "relu2": "relu2",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

@@ -12,15 +12,19 @@ __device__ inline float gated_by_sigmoid(float x, float at) {
 }
 
 template <Act activation>
-__device__ float quickly_activated(float x) {
+__device__ float quickly_activated(float x, float limit) {
   if constexpr (activation == Act::silu) return gated_by_sigmoid(x, x);
   if constexpr (activation == Act::gelu_tanh)
     return gated_by_sigmoid(x, 1.59576912f * (x + 0.044715f * x * x * x));
+  if constexpr (activation == Act::silu_clamped) {
+    x = at_most(x, limit);
+    return gated_by_sigmoid(x, x);
+  }
   if constexpr (activation == Act::swiglu_clamped) {
-    x = x > swiglu_limit ? swiglu_limit : x;
+    x = at_most(x, limit);
     return gated_by_sigmoid(x, swiglu_alpha * x);
   }
-  return activated(activation, x);
+  return activated(activation, x, limit);
 }
 
 template <class Element>
@@ -38,13 +42,14 @@ struct Pair<__nv_bfloat16> {
 template <class Task, class Element, Act activation>
 __device__ unsigned finished_pair(const Task& task, int at, const float (&sums)[2],
                                   const float (&ups)[2]) {
+  const float limit = task.product.shape.limit;
   float values[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     values[i] = sums[i] + task.bias(at + i);
-    if constexpr (!Task::down) values[i] = quickly_activated<activation>(values[i]);
+    if constexpr (!Task::down) values[i] = quickly_activated<activation>(values[i], limit);
     if constexpr (Task::gated)
-      values[i] *= beside_gate(activation, ups[i] + task.bias(task.outputs() + at + i));
+      values[i] *= beside_gate(activation, ups[i] + task.bias(task.outputs() + at + i), limit);
   }
   const auto pair = Pair<Element>::of(values[0], values[1]);
   return *reinterpret_cast<const unsigned*>(&pair);
@@ -101,12 +106,16 @@ template <class Task, class Element, int pairs, class Sum, class Up>
 __device__ void finish_pairs(const Task& task, int row, int column, Sum&& sum, Up&& up) {
   const Act activation = Task::down ? Act::relu : task.product.shape.activation;
   if constexpr (!Task::down) {
+    if (activation == Act::relu2)
+      return finish_activated<Task, Element, pairs, Act::relu2>(task, row, column, sum, up);
     if (activation == Act::gelu)
       return finish_activated<Task, Element, pairs, Act::gelu>(task, row, column, sum, up);
     if (activation == Act::gelu_tanh)
       return finish_activated<Task, Element, pairs, Act::gelu_tanh>(task, row, column, sum, up);
     if (activation == Act::silu)
       return finish_activated<Task, Element, pairs, Act::silu>(task, row, column, sum, up);
+    if (activation == Act::silu_clamped)
+      return finish_activated<Task, Element, pairs, Act::silu_clamped>(task, row, column, sum, up);
     if (activation == Act::swiglu_clamped)
       return finish_activated<Task, Element, pairs, Act::swiglu_clamped>(task, row, column, sum,
                                                                          up);

@@ -28,27 +28,36 @@ __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-__device__ inline float activated(Act activation, float x) {
+/// x cut at `limit` from above; a NaN stays one.
+__device__ inline float at_most(float x, float limit) { return x > limit ? limit : x; }
+
+__device__ inline float activated(Act activation, float x, float limit) {
   switch (activation) {
     case Act::relu:
       return x < 0.0f ? 0.0f : x;  // a NaN stays one
+    case Act::relu2:
+      return x < 0.0f ? 0.0f : x * x;
     case Act::gelu:
       return 0.5f * x * erfcf(-0.70710678f * x);
     case Act::gelu_tanh:
       return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
     case Act::silu:
       return x / (1.0f + expf(-x));
+    case Act::silu_clamped:
+      x = at_most(x, limit);
+      return x / (1.0f + expf(-x));
     case Act::swiglu_clamped:
-      x = x > swiglu_limit ? swiglu_limit : x;
+      x = at_most(x, limit);
       return x / (1.0f + expf(-swiglu_alpha * x));
   }
   return x;
 }
 
 /// What an activated gate is multiplied by, of the product beside the gate.
-__device__ inline float beside_gate(Act activation, float up) {
-  if (activation != Act::swiglu_clamped) return up;
-  return (up > swiglu_limit ? swiglu_limit : up < -swiglu_limit ? -swiglu_limit : up) + 1.0f;
+__device__ inline float beside_gate(Act activation, float up, float limit) {
+  if (activation != Act::silu_clamped && activation != Act::swiglu_clamped) return up;
+  up = up < -limit ? -limit : at_most(up, limit);
+  return activation == Act::swiglu_clamped ? up + 1.0f : up;
 }
 
 /// Calls `function` with a value of the dtype's element type.

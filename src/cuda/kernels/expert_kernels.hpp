@@ -15,10 +15,10 @@ namespace sida::cuda {
 using Stream = CUstream_st*;  ///< a cudaStream_t
 
 enum class Dtype : std::uint8_t { f32, f16, bf16 };
-/// swiglu_clamped is gpt-oss's, for gated experts: (clamp(up, -7, 7) + 1) * g * sigmoid(1.702 * g)
-/// with g = min(gate, 7).
-enum class Act : std::uint8_t { relu, gelu, gelu_tanh, silu, swiglu_clamped };
-constexpr float swiglu_alpha = 1.702f, swiglu_limit = 7.0f;
+/// The clamped ones are for gated experts: with g = min(gate, limit) and u = clamp(up, -limit,
+/// limit), silu_clamped is u * g * sigmoid(g), swiglu_clamped (u + 1) * g * sigmoid(1.702 * g).
+enum class Act : std::uint8_t { relu, relu2, gelu, gelu_tanh, silu, silu_clamped, swiglu_clamped };
+constexpr float swiglu_alpha = 1.702f;
 
 /// How the two matrix products of an expert are computed.
 enum class Kernel : std::uint8_t {
@@ -48,6 +48,7 @@ struct LayerShape {
   bool gated = false;
   bool up_bias = false;
   bool down_bias = false;
+  float limit = 7.0f;             ///< of the clamped activations
   Kernel kernel = Kernel::tuned;  ///< another forces it where it takes the shape
 };
 

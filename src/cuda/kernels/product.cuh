@@ -56,9 +56,10 @@ struct ExpertProduct {
                                product.shape.top_k * product.shape.hidden;
       static_cast<float*>(product.out)[split * part + at] = sum;
     } else {
-      float value = activated(product.shape.activation, sum);
+      float value = activated(product.shape.activation, sum, product.shape.limit);
       if constexpr (gated)
-        value *= beside_gate(product.shape.activation, up + bias(outputs() + index));
+        value *= beside_gate(product.shape.activation, up + bias(outputs() + index),
+                             product.shape.limit);
       static_cast<Element*>(product.out)[at] = rounded<Element>(value);
     }
   }

@@ -24,7 +24,7 @@ struct Vectors {
   typedef std::uint16_t Short __attribute__((vector_size(Lanes * 2)));
 };
 
-inline constexpr float swiglu_alpha = 1.702f, swiglu_limit = 7.0f;
+inline constexpr float swiglu_alpha = 1.702f;
 
 /// x = e^x to 2 units in the last place, with x cut to [-87, 88]; a NaN stays one.
 template <int Lanes>
@@ -81,25 +81,29 @@ SIDA_INLINE void apply(Activation activation, typename Vectors<Lanes>::Float& x)
     case Activation::relu:
       x = x < 0.0f ? Float{} : x;
       return;
+    case Activation::relu2:
+      x = x < 0.0f ? Float{} : x * x;
+      return;
     case Activation::gelu:
       return gelu_erf<Lanes>(x);
     case Activation::gelu_tanh:
       return times_logistic<Lanes>(x, x * (x * x * 0.044715f + 1.0f) * 1.59576912f);
     case Activation::silu:
+    case Activation::silu_clamped:
       return times_logistic<Lanes>(x, x);
     case Activation::swiglu_clamped:
       return times_logistic<Lanes>(x, x * swiglu_alpha);
   }
 }
 
-/// What swiglu_clamped does to gate and up before the gate is activated.
+/// What clamped activations do to gate and up before the gate is activated.
 template <int Lanes>
 SIDA_INLINE void clamp_gate_and_up(typename Vectors<Lanes>::Float& gate,
-                                   typename Vectors<Lanes>::Float& up) {
+                                   typename Vectors<Lanes>::Float& up, float limit) {
   using Float = typename Vectors<Lanes>::Float;
-  gate = gate > swiglu_limit ? Float{} + swiglu_limit : gate;
-  up = up > swiglu_limit ? Float{} + swiglu_limit : up;
-  up = (up < -swiglu_limit ? Float{} - swiglu_limit : up) + 1.0f;
+  gate = gate > limit ? Float{} + limit : gate;
+  up = up > limit ? Float{} + limit : up;
+  up = up < -limit ? Float{} - limit : up;
 }
 
 template <int Lanes>
@@ -118,15 +122,17 @@ SIDA_INLINE void store_as(BFloat16* to, const typename Vectors<Lanes>::Float& x)
   std::memcpy(static_cast<void*>(to), &narrow, sizeof(narrow));
 }
 
-/// h = act(values), or with `up` act(values) * up, for `count` elements, a multiple of 16.
+/// h = act(values), or with `up` act(values) * up, for `count` elements, a multiple of 16; `limit`
+/// is MoeConfig's.
 template <int Lanes, class Input>
-SIDA_INLINE void activate_all(Activation activation, const float* values, const float* up, Input* h,
-                              std::int64_t count) {
+SIDA_INLINE void activate_all(Activation activation, float limit, const float* values,
+                              const float* up, Input* h, std::int64_t count) {
   typename Vectors<Lanes>::Float x, factor{};
   for (std::int64_t i = 0; i < count; i += Lanes) {
     std::memcpy(&x, values + i, sizeof(x));
     if (up) std::memcpy(&factor, up + i, sizeof(factor));
-    if (up && activation == Activation::swiglu_clamped) clamp_gate_and_up<Lanes>(x, factor);
+    if (up && is_clamped(activation)) clamp_gate_and_up<Lanes>(x, factor, limit);
+    if (activation == Activation::swiglu_clamped) factor = factor + 1.0f;
     apply<Lanes>(activation, x);
     if (up) x = x * factor;
     store_as<Lanes>(h + i, x);
@@ -135,22 +141,22 @@ SIDA_INLINE void activate_all(Activation activation, const float* values, const 
 
 /// h = act(values), or with `up` act(values) * up, for `count` elements rounded up to 16.
 template <class Input, class Real>
-using ActivateFunction = void (*)(Activation, const Real* values, const Real* up, Input* h,
-                                  std::int64_t count);
+using ActivateFunction = void (*)(Activation, float limit, const Real* values, const Real* up,
+                                  Input* h, std::int64_t count);
 
-inline void activate_portable(Activation activation, const float* values, const float* up, float* h,
-                              std::int64_t count) {
-  activate_all<4>(activation, values, up, h, count);
+inline void activate_portable(Activation activation, float limit, const float* values,
+                              const float* up, float* h, std::int64_t count) {
+  activate_all<4>(activation, limit, values, up, h, count);
 }
 #if SIDA_X86_KERNELS
-SIDA_TARGET_AVX2 inline void activate_avx2(Activation activation, const float* values,
+SIDA_TARGET_AVX2 inline void activate_avx2(Activation activation, float limit, const float* values,
                                            const float* up, float* h, std::int64_t count) {
-  activate_all<8>(activation, values, up, h, count);
+  activate_all<8>(activation, limit, values, up, h, count);
 }
 template <class Input>
-SIDA_TARGET_AVX512 void activate_avx512(Activation activation, const float* values, const float* up,
-                                        Input* h, std::int64_t count) {
-  activate_all<16>(activation, values, up, h, count);
+SIDA_TARGET_AVX512 void activate_avx512(Activation activation, float limit, const float* values,
+                                        const float* up, Input* h, std::int64_t count) {
+  activate_all<16>(activation, limit, values, up, h, count);
 }
 #endif
 
@@ -158,11 +164,14 @@ inline double activated(Activation activation, double x) {
   switch (activation) {
     case Activation::relu:
       return x < 0 ? 0 : x;
+    case Activation::relu2:
+      return x < 0 ? 0 : x * x;
     case Activation::gelu:
       return 0.5 * x * std::erfc(-x * 0.70710678118654752440);
     case Activation::gelu_tanh:
       return 0.5 * x * (1 + std::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
     case Activation::silu:
+    case Activation::silu_clamped:
       return x / (1 + std::exp(-x));
     case Activation::swiglu_clamped:
       return x / (1 + std::exp(-1.702 * x));
@@ -170,15 +179,16 @@ inline double activated(Activation activation, double x) {
   return x;
 }
 /// The f64 path, with the C library's functions.
-inline void activate_f64(Activation activation, const double* values, const double* up, double* h,
-                         std::int64_t count) {
+inline void activate_f64(Activation activation, float limit, const double* values, const double* up,
+                         double* h, std::int64_t count) {
+  const double most = limit;
   for (std::int64_t i = 0; i < count; ++i) {
     double value = values[i], factor = up ? up[i] : 1;
-    if (up && activation == Activation::swiglu_clamped) {
-      const double limit = swiglu_limit;
-      value = value > limit ? limit : value;
-      factor = (factor > limit ? limit : factor < -limit ? -limit : factor) + 1;
+    if (up && is_clamped(activation)) {
+      value = value > most ? most : value;
+      factor = factor > most ? most : factor < -most ? -most : factor;
     }
+    if (activation == Activation::swiglu_clamped) factor += 1;
     h[i] = activated(activation, value) * factor;
   }
 }

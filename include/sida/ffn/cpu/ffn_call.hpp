@@ -203,7 +203,8 @@ class FfnCallOf final : public FfnCall {
       Real* factors = second + i * block_columns;
       std::fill(values + columns, values + whole, Real{});
       if (config_.gated) std::fill(factors + columns, factors + whole, Real{});
-      kernels_.activate(config_.activation, values, config_.gated ? factors : nullptr, h, whole);
+      kernels_.activate(config_.activation, config_.limit, values,
+                        config_.gated ? factors : nullptr, h, whole);
       if (last) std::fill(h + columns, h + padded(intermediate_) - column, Input{});
     };
     if (!kernels_.pack) {
