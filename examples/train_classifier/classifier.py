@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
+
+from recipe import save_in_half
 
 
 class Classifier(nn.Module):
@@ -44,26 +43,11 @@ def load_classifier(folder: Path) -> Classifier:
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Writes config.json, model.safetensors (bfloat16) and head.safetensors (float32).
 
-    The config's dtype stays float32: that is what the model is evaluated in, and what
-    ``from_pretrained`` then gives. Call `round_weights` before evaluating, so that the figures are
-    those of the files.
+    See `recipe.save_in_half`.
     """
-    encoder = classifier.encoder
-    assert isinstance(encoder, SwitchTransformersEncoderModel)
-    encoder.to(torch.bfloat16).save_pretrained(folder)
-    encoder.to(torch.float32)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_in_half(classifier.encoder, folder)
     head = {k: v.detach().cpu().contiguous() for k, v in classifier.head.state_dict().items()}
     save_file(head, folder / "head.safetensors")
-
-
-def round_weights(classifier: Classifier) -> None:
-    """Rounds the encoder's parameters to bfloat16 values, kept as float32."""
-    with torch.no_grad():
-        for parameter in classifier.encoder.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16).to(torch.float32))
 
 
 def make_config(
@@ -93,10 +77,3 @@ def make_config(
         use_cache=False,
         **extra,
     )
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

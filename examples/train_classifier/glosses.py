@@ -7,7 +7,6 @@ the sense is kept in (45 files: ``noun.animal``, ``verb.motion``, ``adj.all``, .
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from recipe import unpack_debian
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
@@ -67,8 +68,7 @@ LABELS = [
     "adj.ppl",
 ]
 
-# Of every 1000 distinct glosses, how many are held out.
-HELD_OUT_PER_MILLE = 65
+INSTALLED = Path("/usr/share/wordnet")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,47 @@ class Gloss:
 
     text: str
     label: int
+
+
+def find_wordnet(downloads: Path) -> Path:
+    """The folder of an installed or freshly fetched WordNet database.
+
+    Raises:
+        RuntimeError: It is not installed and could not be fetched.
+    """
+    if (INSTALLED / "data.noun").is_file():
+        return INSTALLED
+    return unpack_debian("wordnet-base", downloads) / "usr/share/wordnet"
+
+
+@dataclass(frozen=True)
+class Sense:
+    """One line of the database: a meaning, the words that have it, and where it is kept."""
+
+    words: list[str]
+    label: int
+    gloss: str
+
+
+def read_senses(path: Path) -> Iterator[Sense]:
+    """The senses of a ``data.*`` file of WordNet 3.0, in its order.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: A line is not of the form that wndb(5WN) describes.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith(" "):  # the licence, at the head of each file
+            continue
+        data, separator, text = line.partition(" | ")
+        fields = data.split(" ")
+        if not separator or len(fields) < 6 or not fields[1].isdigit():
+            raise ValueError(f"{path}:{number}: expected 'offset file ... | gloss'")
+        label = int(fields[1])
+        if label >= len(LABELS):
+            raise ValueError(f"{path}:{number}: lexicographer file {label} is not in 0..44")
+        words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+        yield Sense(words, label, " ".join(text.split()))
 
 
 def read_wordnet(folder: Path) -> list[Gloss]:
@@ -89,31 +130,11 @@ def read_wordnet(folder: Path) -> list[Gloss]:
         FileNotFoundError: A file is missing.
         ValueError: A line is not of the form that wndb(5WN) describes.
     """
-    glosses = []
-    for part in PARTS_OF_SPEECH:
-        path = folder / f"data.{part}"
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.startswith(" "):  # the licence, at the head of each file
-                continue
-            fields, separator, text = line.partition(" | ")
-            words = fields.split(" ", 2)
-            if not separator or len(words) < 3 or not words[1].isdigit():
-                raise ValueError(f"{path}:{number}: expected 'offset file ... | gloss'")
-            label = int(words[1])
-            if label >= len(LABELS):
-                raise ValueError(f"{path}:{number}: lexicographer file {label} is not in 0..44")
-            glosses.append(Gloss(" ".join(text.split()), label))
-    return glosses
-
-
-def is_held_out(text: str) -> bool:
-    """Whether a text belongs to the held-out part.
-
-    The text alone decides, so the split is the same everywhere and a gloss that occurs twice never
-    lies on both sides.
-    """
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
+    return [
+        Gloss(sense.gloss, sense.label)
+        for part in PARTS_OF_SPEECH
+        for sense in read_senses(folder / f"data.{part}")
+    ]
 
 
 def write_jsonl(path: Path, glosses: Sequence[Gloss]) -> None:

@@ -9,13 +9,27 @@ transformers' names, so that nothing of this is needed to use the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """An order [T] that brings tokens of one expert together, and where each expert's end [E]."""
+    sorted_, order = chosen.sort(stable=True)
+    numbers = torch.arange(1, experts + 1, device=chosen.device)
+    return order, torch.searchsorted(sorted_, numbers).to(torch.int32)
+
+
+def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's linear map [E, out, in] on its own rows [T, in] of all: [T, out]."""
+    # CUDA's grouped product is for bfloat16; elsewhere float32 is as fast and more precise.
+    dtype = torch.bfloat16 if rows.is_cuda else weights.dtype
+    return F.grouped_mm(rows.to(dtype), weights.to(dtype).transpose(1, 2), offs=ends)
 
 
 class GroupedExperts(nn.Module):
@@ -33,15 +47,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, selected: Tensor, weights: Tensor) -> Tensor:
         """As in transformers: hidden [T, D], selected one-hot [T, 1, experts], weights [T, 1]."""
-        chosen, order = selected.argmax(-1).flatten().sort(stable=True)
-        numbers = torch.arange(1, len(self.up) + 1, device=chosen.device)
-        ends = torch.searchsorted(chosen, numbers).to(torch.int32)
-        # CUDA's grouped product is for bfloat16; elsewhere float32 is as fast and more precise.
-        dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype
-        rows = hidden[order].to(dtype)
-        rows = F.grouped_mm(rows, self.up.to(dtype).transpose(1, 2), offs=ends).relu()
+        order, ends = by_expert(selected.argmax(-1).flatten(), len(self.up))
+        rows = grouped_linear(hidden[order], self.up, ends).relu()
         rows = F.dropout(rows, self.dropout, self.training)
-        rows = F.grouped_mm(rows, self.down.to(dtype).transpose(1, 2), offs=ends)
+        rows = grouped_linear(rows, self.down, ends)
         out = torch.zeros_like(hidden).index_copy(0, order, rows.to(hidden.dtype))
         return out * weights.to(hidden.dtype)
 
@@ -98,19 +107,24 @@ def record_logits(encoder: nn.Module) -> list[Tensor]:
     return logits
 
 
-def routing_losses(logits: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+def routing_losses(
+    logits: Sequence[Tensor], mask: Tensor, *, top_k: int = 1
+) -> tuple[Tensor, Tensor]:
     """Load balancing and z losses of a pass, summed over layers, over tokens of the mask only.
 
-    Both as in the papers: experts x sum(share of tokens x mean probability) is 1 when the load is
+    Both as in the papers: experts x sum(share of uses x mean probability) is 1 when the load is
     even (Fedus et al. 2021, section 2.2); z is the mean squared log of the softmax's denominator
-    (Zoph et al. 2022).
+    (Zoph et al. 2022). Each token uses `top_k` experts.
     """
     weights = (mask.float() / mask.sum()).flatten()
     balance = z = torch.zeros((), device=mask.device)
     for layer in logits:
         scores = layer.flatten(0, -2).float()
         probabilities = weights @ scores.softmax(-1)
-        shares = torch.zeros_like(probabilities).index_add(0, scores.argmax(-1), weights)
+        used = scores.topk(top_k, -1).indices.flatten()
+        shares = torch.zeros_like(probabilities).index_add(
+            0, used, weights.repeat_interleave(top_k) / top_k
+        )
         balance = balance + scores.shape[-1] * (shares * probabilities).sum()
         z = z + (weights * scores.logsumexp(-1).square()).sum()
     return balance, z

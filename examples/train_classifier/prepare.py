@@ -8,7 +8,6 @@ without installing it. Writes ``train.jsonl``, ``held_out.jsonl`` and the tokeni
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,32 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from glosses import LABELS, is_held_out, read_jsonl, read_wordnet, write_jsonl
-
-INSTALLED = Path("/usr/share/wordnet")
-
-
-def find_wordnet(downloads: Path) -> Path:
-    """The folder of an installed or freshly fetched WordNet database.
-
-    Raises:
-        RuntimeError: It is not installed and could not be fetched.
-    """
-    if (INSTALLED / "data.noun").is_file():
-        return INSTALLED
-    unpacked = downloads / "wordnet-base"
-    if not (unpacked / "usr/share/wordnet/data.noun").is_file():
-        downloads.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run(["apt-get", "download", "wordnet-base"], cwd=downloads, check=True)
-            package = next(downloads.glob("wordnet-base_*.deb"))
-            subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
-        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            raise RuntimeError(
-                "no WordNet found: install Debian's wordnet-base (apt-get install wordnet-base) "
-                "or pass --wordnet with a folder that holds data.noun, data.verb, data.adj data.adv"
-            ) from error
-    return unpacked / "usr/share/wordnet"
+from glosses import LABELS, find_wordnet, read_jsonl, read_wordnet, write_jsonl
+from recipe import is_held_out
 
 
 def train_tokenizer(

@@ -8,28 +8,30 @@ command again goes on from the last one. On a CPU a resumed run gives the very s
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, SwitchTransformersEncoderModel
 
-from classifier import Classifier, make_config, round_weights, save_classifier, write_json
+from classifier import Classifier, make_config, save_classifier
 from evaluate import evaluate
 from glosses import LABELS, encode, read_jsonl, training_batches
 from grouped_experts import group_experts, hugging_face_state, record_logits, routing_losses
+from recipe import (
+    learning_rate,
+    load_checkpoint,
+    provenance,
+    round_weights,
+    save_atomically,
+    write_json,
+)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,19 +83,6 @@ def build(options: argparse.Namespace, vocab_size: int) -> Classifier:
     return Classifier(encoder, nn.Linear(options.d_model, len(LABELS)), options.dropout)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """The share of the peak rate at a step."""
-    warm_up = min(100, max(1, steps // 10))
-    return min(1.0, (step + 1) / warm_up) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def save_atomically(path: Path, value: dict[str, Any]) -> None:
-    """Writes a checkpoint; whoever reads finds the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(value, temporary)
-    os.replace(temporary, path)
-
-
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run that it goes on from."""
     free = {"data", "out", "device", "checkpoint_every", "stop_at"}
@@ -118,13 +107,7 @@ def train(options: argparse.Namespace) -> None:
 
     first, seconds = 0, 0.0
     checkpoint = options.out / "checkpoint.pt"
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["settings"] != settings(options):
-            raise SystemExit(
-                f"{checkpoint} is of a run with other settings ({saved['settings']}): "
-                "use them, or another --out, or remove it"
-            )
+    if saved := load_checkpoint(checkpoint, settings(options), device):
         classifier.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["step"], saved["seconds"]
@@ -175,7 +158,7 @@ def train(options: argparse.Namespace) -> None:
     encoder = SwitchTransformersEncoderModel(config)
     encoder.load_state_dict(hugging_face_state(classifier.encoder.state_dict()))
     trained = Classifier(encoder, classifier.head).to(device)
-    round_weights(trained)
+    round_weights(trained.encoder)
     seconds += time.perf_counter() - started
     metrics = {
         "held_out": evaluate(
@@ -184,13 +167,7 @@ def train(options: argparse.Namespace) -> None:
         "training texts": len(texts.labels),
         "seconds": round(seconds, 1),
         "settings": settings(options),
-        "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **provenance(device),
     }
     save_classifier(trained, options.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from classifier import Classifier, load_classifier, write_json
+from classifier import Classifier, load_classifier
 from glosses import Encoded, encode, epoch_batches, read_jsonl
 from grouped_experts import grouped_experts
+from recipe import provenance, write_json
 from sida.huggingface.adapter import find_adapter
 from sida.torch import Predictor, train_predictor
 
@@ -137,13 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "batch size": options.batch_size,
             "seed": options.seed,
             "seconds": round(seconds, 1),
-            "command": shlex.join(["python", *sys.argv]),
-            "device": str(torch.cuda.get_device_name() if "cuda" in options.device else "CPU"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **provenance(torch.device(options.device)),
         }
         write_json(options.model / f"predictor-{kind}.json", figures)
         print(json.dumps(figures, indent=2))
