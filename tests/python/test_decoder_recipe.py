@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of examples/train_decoder, run small on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from transformers import AutoTokenizer, OlmoeForCausalLM
+
+RECIPE = Path(__file__).parents[2] / "examples" / "train_decoder"
+SMALL = (
+    "--batch-size 8 --window 16 --hidden-size 32 --intermediate-size 16 --layers 2 --heads 2 "
+    "--experts 8 --top-k 2 --lr 3e-3 --device cpu --checkpoint-every 4 --token-dropout 0.1"
+).split()
+NOUNS = "dog cat horse bird fish bread soup cheese cake rice".split()
+
+
+def run(script: str, *arguments: object) -> None:
+    """What `python script.py arguments...` does, without the seconds that imports take."""
+    importlib.import_module(script).main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe() -> Iterator[None]:
+    """The recipe's modules can be imported, as they can by a script beside them."""
+    before, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, str(RECIPE))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small products are faster so
+    yield
+    torch.set_num_threads(threads)
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        if RECIPE.parent in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+            del sys.modules[name]
+
+
+def write_packages(folder: Path) -> None:
+    """What the three packages unpack to, with a little text in them."""
+    draw = random.Random(0)
+    wordnet = folder / "wordnet-base/usr/share/wordnet"
+    wordnet.mkdir(parents=True)
+    for part in ("noun", "verb", "adj", "adv"):
+        lines = ["  1 This is the licence, to be skipped.  "]
+        for i in range(300 if part == "noun" else 0):
+            one, other = draw.sample(NOUNS, 2)
+            lines.append(f"{i:08d} 05 n 02 {one} 0 {one}_{i} 0 000 | a kind of {other} {i}  ")
+        (wordnet / f"data.{part}").write_text("\n".join(lines) + "\n")
+    (folder / "bible-kjv-text/usr/lib").mkdir(parents=True)
+    program = folder / "bible-kjv/usr/bin/bible"
+    program.parent.mkdir(parents=True)
+    verses = "".join(
+        f"\\nBook {i}\\n\\n  1 And the word was {i}.\\n  2 Amen.\\n" for i in range(60)
+    )
+    program.write_text(f"#!/bin/sh\nprintf '{verses}'\n")
+    program.chmod(0o755)
+    manual = folder / "python3.11-doc/usr/share/doc/python3.11/html/_sources/library"
+    manual.mkdir(parents=True)
+    parts = [f"Part {i}\n----------\n\nCall it with ``{i}``." for i in range(300)]
+    (manual / "it.rst.txt").write_text("\n\n".join(parts) + "\n")
+
+
+@pytest.fixture(scope="module")
+def data(recipe: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    write_packages(folder / "packages")
+    with pytest.MonkeyPatch.context() as patch:
+        glosses = importlib.import_module("shared") and importlib.import_module("glosses")
+        patch.setattr(glosses, "INSTALLED", folder / "nowhere")
+        run("prepare", "--downloads", folder / "packages", "--data", folder, "--vocab-size", 400)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> Path:
+    run("train", "--data", data, "--out", data / "unbroken", "--steps", 120, *SMALL)
+    return data / "unbroken"
+
+
+def test_texts_are_what_the_packages_hold(data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(data)
+    expected = {"dictionary": 300, "scripture": 60, "manual": 300}
+    begins = {"dictionary": "(noun): a kind of", "scripture": "Book ", "manual": "Part "}
+    for kind, count in expected.items():
+        parts = []
+        for part in ("train", "held_out"):
+            ids = np.load(data / f"{part}-{kind}.npy")
+            texts = tokenizer.decode(ids.tolist()).split("[END]")[1:]
+            assert all(begins[kind] in text for text in texts)
+            parts.append(set(texts))
+        assert len(parts[0]) + len(parts[1]) == count
+        assert parts[1] and not parts[0] & parts[1]
+
+
+def test_a_resumed_run_writes_the_same_model_as_an_unbroken_one(data: Path, trained: Path) -> None:
+    out = data / "resumed"
+    arguments = ("--data", data, "--out", out, "--steps", 120, *SMALL)
+    run("train", *arguments, "--stop-at", 17)
+    assert not (out / "model.safetensors").exists()
+    run("train", *arguments)
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (trained / name).read_bytes()
+    figures = [json.loads((f / "metrics.json").read_text())["held_out"] for f in (out, trained)]
+    assert figures[0] == figures[1]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(data: Path, trained: Path) -> None:
+    with pytest.raises(SystemExit, match="other settings"):
+        run("train", "--data", data, "--out", trained, "--steps", 61, *SMALL)
+
+
+def test_the_model_loads_in_transformers_and_has_learned(
+    data: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, info = OlmoeForCausalLM.from_pretrained(trained, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.float32
+    assert len(AutoTokenizer.from_pretrained(trained)) == model.config.vocab_size
+    run("evaluate", trained, "--data", data, "--window", 16)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((trained / "metrics.json").read_text())["held_out"]
+    assert figures["perplexity over all"] < 40  # of 400 tokens
+    assert len(figures["experts used"]) == 2
+
+
+def test_perplexity_is_that_of_transformers_own_loss(data: Path, trained: Path) -> None:
+    evaluate = importlib.import_module("evaluate")
+    model = OlmoeForCausalLM.from_pretrained(trained).eval()
+    ids, following = evaluate.held_out(data, 16)["manual"]
+    whole = torch.cat([ids, following[:, -1:]], 1)
+    with torch.no_grad():
+        loss = model(input_ids=whole, labels=whole).loss
+    found = evaluate.evaluate(model, {"manual": (ids, following)}, batch_size=3)
+    assert found["perplexity"]["manual"] == pytest.approx(math.exp(loss), rel=1e-3)
+
+
+def test_grouped_experts_compute_what_transformers_does(trained: Path) -> None:
+    decoder = importlib.import_module("decoder")
+    model = OlmoeForCausalLM.from_pretrained(trained).eval()
+    model.set_experts_implementation("eager")
+    ids = torch.randint(2, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with decoder.grouped_experts(model):
+            grouped = model(input_ids=ids).logits
+        after = model(input_ids=ids).logits
+    assert torch.linalg.norm(grouped - expected) <= 1e-6 * torch.linalg.norm(expected)
+    assert torch.equal(after, expected)
+
+
+def test_a_package_that_cannot_be_fetched_is_named(
+    recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(100, command)
+
+    texts = importlib.import_module("texts")
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match="bible-kjv-text"):
+        texts.read_texts("scripture", tmp_path)
