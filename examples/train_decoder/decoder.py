@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from shared import by_expert, grouped_linear
+
+TEXTS = Path(".data/texts")
+"""Where prepare_texts.py writes, and the others read."""
 
 
 def make_config(
@@ -53,7 +57,7 @@ def load_decoder(folder: Path) -> OlmoeForCausalLM:
 
 
 def grouped_forward(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Computes what ``OlmoeExperts`` does, one product for all experts."""
     top_k = top_k_index.shape[-1]
@@ -67,12 +71,12 @@ def grouped_forward(
 
 
 @contextmanager
-def grouped_experts(model: nn.Module) -> Iterator[None]:
+def grouped_experts(model: Any) -> Iterator[None]:
     """Runs a decoder with grouped experts while the context is open.
 
     transformers' own grouped implementation does not mix float32 weights with bfloat16 products.
     """
-    modules = [layer.mlp.experts for layer in model.model.layers]  # type: ignore[union-attr]
+    modules = [layer.mlp.experts for layer in model.model.layers]
     for module in modules:
         module.forward = partial(grouped_forward, module)
     try:

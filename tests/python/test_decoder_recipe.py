@@ -81,13 +81,21 @@ def data(recipe: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         glosses = importlib.import_module("shared") and importlib.import_module("glosses")
         patch.setattr(glosses, "INSTALLED", folder / "nowhere")
-        run("prepare", "--downloads", folder / "packages", "--data", folder, "--vocab-size", 400)
+        run(
+            "prepare_texts",
+            "--downloads",
+            folder / "packages",
+            "--data",
+            folder,
+            "--vocab-size",
+            400,
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(data: Path) -> Path:
-    run("train", "--data", data, "--out", data / "unbroken", "--steps", 120, *SMALL)
+    run("train_decoder", "--data", data, "--out", data / "unbroken", "--steps", 120, *SMALL)
     return data / "unbroken"
 
 
@@ -109,9 +117,9 @@ def test_texts_are_what_the_packages_hold(data: Path) -> None:
 def test_a_resumed_run_writes_the_same_model_as_an_unbroken_one(data: Path, trained: Path) -> None:
     out = data / "resumed"
     arguments = ("--data", data, "--out", out, "--steps", 120, *SMALL)
-    run("train", *arguments, "--stop-at", 17)
+    run("train_decoder", *arguments, "--stop-at", 17)
     assert not (out / "model.safetensors").exists()
-    run("train", *arguments)
+    run("train_decoder", *arguments)
     name = "model.safetensors"
     assert (out / name).read_bytes() == (trained / name).read_bytes()
     figures = [json.loads((f / "metrics.json").read_text())["held_out"] for f in (out, trained)]
@@ -120,7 +128,7 @@ def test_a_resumed_run_writes_the_same_model_as_an_unbroken_one(data: Path, trai
 
 def test_a_checkpoint_of_other_settings_is_refused(data: Path, trained: Path) -> None:
     with pytest.raises(SystemExit, match="other settings"):
-        run("train", "--data", data, "--out", trained, "--steps", 61, *SMALL)
+        run("train_decoder", "--data", data, "--out", trained, "--steps", 61, *SMALL)
 
 
 def test_the_model_loads_in_transformers_and_has_learned(
@@ -130,7 +138,7 @@ def test_the_model_loads_in_transformers_and_has_learned(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.dtype == torch.float32
     assert len(AutoTokenizer.from_pretrained(trained)) == model.config.vocab_size
-    run("evaluate", trained, "--data", data, "--window", 16)
+    run("measure_decoder", trained, "--data", data, "--window", 16)
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads((trained / "metrics.json").read_text())["held_out"]
     assert figures["perplexity over all"] < 40  # of 400 tokens
@@ -138,7 +146,7 @@ def test_the_model_loads_in_transformers_and_has_learned(
 
 
 def test_perplexity_is_that_of_transformers_own_loss(data: Path, trained: Path) -> None:
-    evaluate = importlib.import_module("evaluate")
+    evaluate = importlib.import_module("measure_decoder")
     model = OlmoeForCausalLM.from_pretrained(trained).eval()
     ids, following = evaluate.held_out(data, 16)["manual"]
     whole = torch.cat([ids, following[:, -1:]], 1)

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from decoder import TEXTS
 from shared import is_held_out, write_json
 from texts import KINDS, read_texts
 
@@ -57,7 +58,7 @@ def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> np.nd
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(".data/texts"), help="output folder")
+    parser.add_argument("--data", type=Path, default=TEXTS, help="output folder")
     parser.add_argument(
         "--downloads",
         type=Path,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from texts import KINDS
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, texts: Mapping[str, tuple[Tensor, Tensor]], *, batch_size: int = 32
+    model: Any, texts: Mapping[str, tuple[Tensor, Tensor]], *, batch_size: int = 32
 ) -> dict[str, Any]:
     """Perplexity by kind of text and over all, and for each layer how its experts are used.
 
@@ -37,7 +37,7 @@ def evaluate(
     model.eval().set_experts_implementation("eager")  # grouped products may round
     for kind, (ids, following) in texts.items():
         total = 0.0
-        batches = list(zip(ids.split(batch_size), following.split(batch_size), strict=True))
+        batches = list(zip(*(torch.split(t, batch_size) for t in (ids, following)), strict=True))
         for rows, next_ in tqdm(batches, desc=f"evaluate {kind}"):
             found = model(input_ids=rows.to(device), output_router_logits=True, use_cache=False)
             loss = F.cross_entropy(
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def held_out(data: Path, window: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The held-out windows of each kind of text in a folder that prepare.py wrote."""
+    """The held-out windows of each kind of text in a folder that prepare_texts.py wrote."""
     return {kind: held_out_windows(data / f"held_out-{kind}.npy", window) for kind in KINDS}
 
 
@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="folder of the trained decoder")
-    parser.add_argument("--data", type=Path, default=Path(".data/texts"), help="from prepare.py")
+    parser.add_argument(
+        "--data", type=Path, default=Path(".data/texts"), help="from prepare_texts.py"
+    )
     parser.add_argument("--window", type=int, default=256, help="tokens that the model sees")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)

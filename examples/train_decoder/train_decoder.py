@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the decoder on the texts that prepare.py wrote.
+"""Trains the decoder on the texts that prepare_texts.py wrote.
 
 The same command on a GPU and on a CPU. Checkpoints are written every so many steps; the same
 command again goes on from the last one. On a CPU a resumed run gives the very same weights.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from decoder import grouped_experts, make_config, training_batch
-from evaluate import evaluate, held_out
+from measure_decoder import evaluate, held_out
 from shared import (
     learning_rate,
     load_checkpoint,
@@ -39,7 +39,9 @@ from texts import KINDS
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(".data/texts"), help="from prepare.py")
+    parser.add_argument(
+        "--data", type=Path, default=Path(".data/texts"), help="from prepare_texts.py"
+    )
     parser.add_argument("--out", type=Path, default=Path(".data/texts-olmoe-32"))
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=128, help="windows in a step")
