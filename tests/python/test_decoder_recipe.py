@@ -180,3 +180,46 @@ def test_a_package_that_cannot_be_fetched_is_named(
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(RuntimeError, match="bible-kjv-text"):
         texts.read_texts("scripture", tmp_path)
+
+
+def test_ngrams_are_kneser_neys(recipe: None) -> None:
+    ngrams = importlib.import_module("ngrams")
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 6, 400) * draw.integers(0, 2, 400)
+    for order in (1, 2, 3):
+        model = ngrams.KneserNey(tokens, order, 8)
+        for context in ([0, 0], [5, 3], [7, 7]):  # the last was never seen
+            rows = [np.array([*context, last]) for last in range(8)]
+            got = [model.probabilities(row)[-1] for row in rows]
+            expected = [kneser_ney(tokens.tolist(), order, row.tolist(), 8) for row in rows]
+            np.testing.assert_allclose(got, expected, rtol=1e-12)
+            assert sum(got) == pytest.approx(1)
+
+
+def kneser_ney(tokens: list[int], order: int, wanted: list[int], vocab_size: int) -> float:
+    """The textbook's recursion, by counting in lists."""
+
+    def grams(n: int) -> list[tuple[int, ...]]:
+        return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+    def distinct(gram: tuple[int, ...]) -> int:
+        """How often the n-gram occurs, or how many tokens stand before it."""
+        if len(gram) == order:
+            return grams(order).count(gram)
+        return len({g for g in set(grams(len(gram) + 1)) if g[1:] == gram})
+
+    def probability(gram: tuple[int, ...]) -> float:
+        if not gram:
+            return 1 / vocab_size
+        lower = probability(gram[1:])
+        alike = {(*gram[:-1], last): distinct((*gram[:-1], last)) for last in range(vocab_size)}
+        total = sum(alike.values())
+        if total == 0:
+            return lower
+        counts = [distinct(g) for g in set(grams(len(gram)))]
+        once, twice = counts.count(1), counts.count(2)
+        discount = once / max(1, once + 2 * twice)
+        followers = sum(value > 0 for value in alike.values())
+        return (max(alike[gram] - discount, 0) + discount * followers * lower) / total
+
+    return probability(tuple(wanted[-order:]))
