@@ -60,7 +60,7 @@ def measure(repetitions: int) -> dict[str, Any]:
     with checkpoints.olmoe(LAYERS) as folder, TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         theirs = accelerate_decoder(folder, scratch)
-        ours = sida.from_pretrained(folder, memory=MEMORY)
+        ours = sida.from_pretrained(folder, memory=MEMORY, predictor=False)
         ours.model.eval()
 
         def drop() -> None:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -21,16 +22,19 @@ Place place_of(const AnyExperts& experts, const py::object& stream, const py::ob
 
 py::object forward(AnyExperts& self, const py::object& hidden_states, const py::object& top_k_index,
                    const py::object& top_k_weights, const py::object& out,
-                   const py::object& stream) {
+                   const py::object& next_top_k_index, const py::object& stream) {
   const Place place = place_of(self, stream, hidden_states);
   const Array hidden(hidden_states, "hidden_states", place);
+  std::optional<Array> next;
+  if (!next_top_k_index.is_none()) next.emplace(next_top_k_index, "next_top_k_index");
   const Array ids(top_k_index, "top_k_index", place);
   const Array weights(top_k_weights, "top_k_weights", place);
   const py::object result = out.is_none() ? empty_array(hidden_states) : out;
   const Array written(result, "out", place);
   const TensorView view = written.writable();
   const Unlocked unlocked;
-  self.forward(hidden.view(), ids.view(), weights.view(), view, place.stream);
+  self.forward(hidden.view(), ids.view(), weights.view(), view,
+               next ? next->view() : ConstTensorView{}, place.stream);
   return result;
 }
 
@@ -72,11 +76,14 @@ void bind_experts(py::module_& module) {
           "Raises:\n    IndexError: No such layer.")
       .def("forward", &forward, py::arg("hidden_states"), py::arg("top_k_index"),
            py::arg("top_k_weights"), py::kw_only(), py::arg("out") = py::none(),
-           py::arg("stream") = py::none(),
+           py::arg("next_top_k_index") = py::none(), py::arg("stream") = py::none(),
            "out[t] = sum over j of weights[t, j] * expert index[t, j] (hidden[t]).\n\n"
            "hidden_states [T, H] of the config's dtype; top_k_index [T, k] int32 or int64; "
            "top_k_weights [T, k] float32 or the config's dtype. Choices of weight 0 are left out. "
-           "Writes to out, where it is given.\n\n"
+           "Writes to out, where it is given. next_top_k_index [T, k] in RAM, int32 or int64: what "
+           "the next layer's router chooses on an input like its own; these experts may come "
+           "early. Ids out of range are left out there. On a GPU they may still be on the way to "
+           "RAM, in the order of the stream.\n\n"
            "Raises:\n    IndexError: An id out of range; on the CPU nothing is written then. On a "
            "GPU it counts as left out, and a later call or stats() may be what raises.\n"
            "    ValueError: A shape, dtype or device that does not fit.\n"
@@ -89,6 +96,9 @@ void bind_experts(py::module_& module) {
            "Raises:\n    RuntimeError: The pass has no table, or none for this layer.")
       .def("has_prediction", &AnyExperts::has_prediction,
            "Whether the pass's hash table foretells this layer.")
+      .def("wants_look_ahead", &AnyExperts::wants_look_ahead, py::call_guard<Unlocked>(),
+           "Whether forward() has a use for next_top_k_index in the pass at hand: there is a next "
+           "layer, not all experts have room, and no hash table foretells them.")
       .def("set_threads", &AnyExperts::set_threads, py::arg("threads"), py::call_guard<Unlocked>(),
            "Threads that compute, of all layers of the scheduler.");
 }

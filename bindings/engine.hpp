@@ -47,7 +47,9 @@ class AnyExperts {
  public:
   virtual ~AnyExperts() = default;
   virtual void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
-                       const ConstTensorView& weights, const TensorView& out, Stream stream) = 0;
+                       const ConstTensorView& weights, const TensorView& out,
+                       const ConstTensorView& next_ids, Stream stream) = 0;
+  virtual bool wants_look_ahead() const = 0;
   virtual void forward_predicted(const ConstTensorView& hidden, const TensorView& out,
                                  Stream stream) = 0;
   /// The GPU that arrays are to be on; -1: in RAM.

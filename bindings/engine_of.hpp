@@ -45,11 +45,13 @@ class Experts : public AnyExperts {
       : engine_(std::move(engine)), layer_(std::move(layer)), device_(device) {}
 
   void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
-               const ConstTensorView& weights, const TensorView& out, Stream stream) override {
+               const ConstTensorView& weights, const TensorView& out,
+               const ConstTensorView& next_ids, Stream stream) override {
     const auto turn = layer_.scheduler().turn();
     follow(stream);
-    layer_.forward(hidden, ids, weights, out);
+    layer_.forward(hidden, ids, weights, out, next_ids);
   }
+  bool wants_look_ahead() const override { return layer_.wants_look_ahead(); }
   void forward_predicted(const ConstTensorView& hidden, const TensorView& out,
                          Stream stream) override {
     const auto turn = layer_.scheduler().turn();

@@ -7,6 +7,14 @@ namespace py = pybind11;
 
 namespace {
 
+py::dict dict_of(const LookAheadStats& stats) {
+  py::dict dict;
+  dict["uses"] = stats.uses;
+  dict["foretold"] = stats.foretold;
+  dict["foretold_uses"] = stats.foretold_uses;
+  return dict;
+}
+
 py::dict dict_of(const LayerStats& stats) {
   py::dict dict;
   dict["calls"] = stats.calls;
@@ -16,6 +24,7 @@ py::dict dict_of(const LayerStats& stats) {
   dict["late"] = stats.late;
   dict["misses"] = stats.misses;
   dict["stall_seconds"] = stats.stall_seconds;
+  dict["look_ahead"] = dict_of(stats.look_ahead);
   return dict;
 }
 
@@ -31,6 +40,11 @@ py::dict dict_of(const CacheStats& stats) {
   dict["bytes_wasted"] = stats.bytes_wasted;
   dict["passes"] = stats.passes;
   dict["tables"] = stats.tables;
+  py::dict look_ahead = dict["look_ahead"];
+  look_ahead["loads"] = stats.look_ahead_loads;
+  look_ahead["used"] = stats.look_ahead_used;
+  look_ahead["wasted"] = stats.look_ahead_wasted;
+  look_ahead["cancelled"] = stats.look_ahead_cancelled;
   py::list layers;
   for (const LayerStats& layer : stats.layers) layers.append(dict_of(layer));
   dict["layers"] = layers;

@@ -23,6 +23,7 @@
 #include "sida/schedule/offload_plan.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
 #include "sida/schedule/replay.hpp"
+#include "sida/schedule/router_look_ahead.hpp"
 #include "sida/schedule/run_times.hpp"
 
 #include "sida/cache/array_store.hpp"
@@ -45,3 +46,4 @@
 #include "sida/ffn/token_groups.hpp"
 
 #include "sida/layer/offloaded_experts.hpp"
+#include "sida/layer/router_choices.hpp"

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import NotRequired
 
 __version__: str
 
@@ -16,6 +17,16 @@ _Array = TypeVar("_Array", bound=_DLPackArray)
 _Path: TypeAlias = str | os.PathLike[str]
 _Expert: TypeAlias = Sequence[_DLPackArray | None]
 
+class LookAheadStats(TypedDict):
+    uses: int
+    foretold: int
+    foretold_uses: int
+    # over all layers only
+    loads: NotRequired[int]
+    used: NotRequired[int]
+    wasted: NotRequired[int]
+    cancelled: NotRequired[int]
+
 class LayerStats(TypedDict):
     calls: int
     predicted_calls: int
@@ -24,6 +35,7 @@ class LayerStats(TypedDict):
     late: int
     misses: int
     stall_seconds: float
+    look_ahead: LookAheadStats
 
 class CacheStats(LayerStats):
     loads: int
@@ -253,12 +265,14 @@ class OffloadedExperts:
         top_k_weights: _DLPackArray,
         *,
         out: _Array | None = None,
+        next_top_k_index: _DLPackArray | None = None,
         stream: Any = None,
     ) -> _Array: ...
     def forward_predicted(
         self, hidden_states: _Array, *, out: _Array | None = None, stream: Any = None
     ) -> _Array: ...
     def has_prediction(self) -> bool: ...
+    def wants_look_ahead(self) -> bool: ...
     def set_threads(self, threads: int) -> None: ...
 
 def replay(

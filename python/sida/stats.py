@@ -23,6 +23,14 @@ class Stats(dict[str, Any]):
     `slot_bytes` is what experts may take, `staging_bytes` come on top. `exact_layers` and
     `predicted_layers` name the layers by how they are routed. `layers` has the counts of each
     layer, `passes` and `tokens` (without padding) what went through encoder and decoder.
+
+    `look_ahead`, of all layers and of each, says how well the next layer's router on this layer's
+    input foretold what the next layer needs: of the `uses` in the layer calls for which that was
+    done, `foretold_uses` were among the `foretold` experts; `hit_rate` is foretold_uses / uses,
+    `precision` foretold_uses / foretold. Over all layers, of the `loads` that it began, `used` were
+    read by a layer, which had to wait the less for them, and `wasted` never (`bytes_used` and
+    `bytes_wasted` are their bytes), and `cancelled` were given up half-way, once the layer turned
+    out not to need them. `off` says why it is not done, where something stands against it.
     """
 
     def __str__(self) -> str:
@@ -54,13 +62,22 @@ class Stats(dict[str, Any]):
     def _notes(self) -> list[str]:
         place = "used in place" if self["in_place"] else f"{self['policy']} eviction"
         staging = f" + {size(self['staging_bytes'])} staging" if self["staging_bytes"] else ""
-        return [
+        notes = [
             f"{self['passes']} passes, {self['tokens']} tokens; moved "
             f"{size(self['bytes_moved'])} ({self['loads']} experts, {self['prefetches']} ahead of "
             f"use, {self['wasted']} wasted)",
             f"room for {self['slots']} of {self['total_experts']} experts: "
             f"{size(self['budget_bytes'])}{staging}; {self['resident_experts']} resident, {place}",
         ]
+        ahead = self["look_ahead"]
+        if ahead["uses"]:
+            notes.insert(
+                1,
+                f"look-ahead foretold {_percent(ahead['hit_rate'])} of the uses (precision "
+                f"{_percent(ahead['precision'])}); of {ahead['loads']} experts that it brought "
+                f"{ahead['used']} were used, {ahead['wasted']} wasted",
+            )
+        return notes
 
 
 def collect(
@@ -91,6 +108,10 @@ def collect(
         layer["name"] = name
         layer["routing"] = "predicted" if index in predicted else "exact"
         layer["hit_rate"] = hit_rate(layer)
+        _add_rates(layer["look_ahead"])
+    _add_rates(stats["look_ahead"])
+    for name in ("used", "wasted"):
+        stats["look_ahead"][f"bytes_{name}"] = stats["look_ahead"][name] * cache.slot_bytes
     resident = len(cache.resident())
     stats.update(
         hit_rate=hit_rate(stats),
@@ -114,8 +135,21 @@ def collect(
 
 def hit_rate(counts: dict[str, Any]) -> float | None:
     """Return hits / uses, None where there were none."""
-    uses: int = counts["uses"]
-    return counts["hits"] / uses if uses else None
+    return _share(counts["hits"], counts["uses"])
+
+
+def _add_rates(look_ahead: dict[str, Any]) -> None:
+    right = look_ahead["foretold_uses"]
+    look_ahead["hit_rate"] = _share(right, look_ahead["uses"])
+    look_ahead["precision"] = _share(right, look_ahead["foretold"])
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def size(count: int) -> str:
@@ -132,6 +166,6 @@ def _cells(counts: dict[str, Any]) -> list[str]:
     rate = counts["hit_rate"]
     return [
         *(str(counts[name]) for name in ("calls", "uses", "hits", "late", "misses")),
-        "-" if rate is None else f"{100 * rate:.1f} %",
+        _percent(rate),
         f"{1000 * counts['stall_seconds']:.1f} ms",
     ]

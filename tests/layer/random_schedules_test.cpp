@@ -38,7 +38,7 @@ class Copied : public ExpertStore {
 };
 
 /// One schedule: batches whose tables are built ahead, right and wrong ones, in between passes
-/// without a table, another thread that looks on, and budgets that change.
+/// without a table, look-ahead, another thread that looks on, and budgets that change.
 void run_schedule(std::uint32_t seed, const Model& model, const std::vector<std::byte>& expected,
                   const std::vector<HashTable>& tables) {
   Delays::begin(seed);
@@ -50,6 +50,7 @@ void run_schedule(std::uint32_t seed, const Model& model, const std::vector<std:
       model, Budget::experts(1 + static_cast<std::int64_t>(random() % 18)),
       std::make_shared<Copied>(model.store), options);
   auto& scheduler = *engine.scheduler;
+  if (random() % 2) engine.look_ahead = static_cast<std::int32_t>(random() % 3);
 
   constexpr int batches = 4;
   scheduler.start(

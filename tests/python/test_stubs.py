@@ -17,7 +17,7 @@ STUB = Path(sida.__file__).with_name("_core.pyi")
 TREE = ast.parse(STUB.read_text())
 CLASSES = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDef)}
 BOUND = [name for name, value in vars(_core).items() if isinstance(value, type)]
-TYPES_ONLY = {"LayerStats", "CacheStats", "_DLPackArray"}
+TYPES_ONLY = {"LookAheadStats", "LayerStats", "CacheStats", "_DLPackArray"}
 
 
 def parameters(arguments: ast.arguments) -> list[tuple[str, bool, str | None]]:
@@ -96,3 +96,5 @@ def test_statistics_have_the_same_keys() -> None:
 
     assert set(stats) == keys("LayerStats") | keys("CacheStats")
     assert set(stats["layers"][0]) == keys("LayerStats")
+    assert set(stats["look_ahead"]) == keys("LookAheadStats")
+    assert set(stats["layers"][0]["look_ahead"]) < keys("LookAheadStats")

@@ -73,8 +73,14 @@ struct Layers {
   Tensor forward(std::size_t layer) {
     const LayerInput& input = model.inputs[layer];
     Tensor out(input.hidden.shape, model.config.dtype);
+    std::optional<Tensor> next;
+    if (look_ahead && layer + 1 < layers.size()) {
+      next = model.inputs[layer + 1].ids;
+      for (std::int64_t i = 0; i < next->elements(); ++i)
+        next->set(i, static_cast<std::int32_t>(next->at(i) + *look_ahead) % model.config.experts);
+    }
     layers[layer].forward(input.hidden.view(), input.ids.view(), input.weights.view(),
-                          out.mutable_view());
+                          out.mutable_view(), next ? next->view() : ConstTensorView{});
     return out;
   }
   Tensor forward_predicted(std::size_t layer) {
@@ -99,6 +105,8 @@ struct Layers {
     return bytes;
   }
 
+  /// What is added to the next layer's expert ids where they are told ahead; 0: right guesses.
+  std::optional<std::int32_t> look_ahead;
   const Model& model;
   B backend;
   ExpertCache<B, P> cache;

@@ -24,6 +24,9 @@
 
 namespace sida {
 
+/// Why an expert was brought: a layer asked for it, or it was foretold.
+enum class LoadedFor : std::uint8_t { demand, table, look_ahead };
+
 /// Experts in fast memory under a hard limit: one arena of equal slots, allocated once.
 ///
 /// Residency only: it loads nothing by itself. A slot is reserved (`reserve`), filled by whoever
@@ -89,7 +92,7 @@ class ExpertCache {
   Lease commit(Loading loading, const Fence& arrival = {}) {
     return locked([&] {
       const ExpertId id = loading.id();
-      commit_locked(std::move(loading), false, arrival);
+      commit_locked(std::move(loading), LoadedFor::demand, arrival);
       return std::move(*try_lease_locked(id));
     });
   }
@@ -176,13 +179,13 @@ class ExpertCache {
   void touch_locked(ExpertId id) {
     const std::size_t slot = slot_of_[checked(id)];
     if (slot == none || slots_[slot].state != State::resident) return;
-    slots_[slot].read = true;
+    read(slots_[slot]);
     policy_.used(id);
   }
   std::optional<Lease> try_lease_locked(ExpertId id) {
     const std::size_t slot = slot_of_[checked(id)];
     if (slot == none || slots_[slot].state != State::resident) return std::nullopt;
-    slots_[slot].read = true;
+    read(slots_[slot]);
     policy_.used(id);
     return pin(slot);
   }
@@ -205,17 +208,17 @@ class ExpertCache {
     }
     const std::size_t slot = free_.back();
     free_.pop_back();
-    slots_[slot] = {id, State::loading, 0, false, false};
+    slots_[slot] = {id, State::loading};
     slot_of_[checked(id)] = slot;
     ++pinned_;
     return Loading(*this, slot);
   }
-  void commit_locked(Loading loading, bool prefetched, const Fence& arrival = {}) {
+  void commit_locked(Loading loading, LoadedFor loaded_for, const Fence& arrival = {}) {
     loading.cache_ = nullptr;
     Slot& slot = slots_[loading.slot_];
     fences_[loading.slot_] = {arrival, arrival};
     slot.state = State::resident;
-    slot.prefetched = prefetched;
+    slot.loaded_for = loaded_for;
     policy_.inserted(slot.id);
     --pinned_;
   }
@@ -223,13 +226,18 @@ class ExpertCache {
     loading.cache_ = nullptr;
     free_slot(loading.slot_);
   }
-  /// Prefetched experts that were evicted unread.
-  std::int64_t wasted_locked() const noexcept { return wasted_; }
-  void reset_wasted_locked() noexcept { wasted_ = 0; }
+  /// What became of prefetched experts.
+  struct Prefetched {
+    std::int64_t wasted = 0;             ///< evicted unread
+    std::int64_t look_ahead_wasted = 0;  ///< of these, the ones that look-ahead named
+    std::int64_t look_ahead_used = 0;    ///< named by look-ahead, and read
+  };
+  const Prefetched& prefetched_locked() const noexcept { return prefetched_; }
+  void reset_prefetched_locked() noexcept { prefetched_ = {}; }
   /// Counts the prefetched experts that are resident and unread as wasted: nobody will read them.
   void waste_unread_locked() noexcept {
     for (Slot& slot : slots_) {
-      wasted_ += is_unread(slot);
+      waste_if_unread(slot);
       slot.read = true;
     }
   }
@@ -242,7 +250,7 @@ class ExpertCache {
     ExpertId id;
     State state = State::empty;
     std::int32_t leases = 0;
-    bool prefetched = false;
+    LoadedFor loaded_for = LoadedFor::demand;
     bool read = false;
   };
   // What streams do with a slot's bytes. Changed with the lock held, and not while somebody without
@@ -254,7 +262,16 @@ class ExpertCache {
   static constexpr std::size_t none = static_cast<std::size_t>(-1);
 
   static bool is_unread(const Slot& slot) noexcept {
-    return slot.state == State::resident && slot.prefetched && !slot.read;
+    return slot.state == State::resident && slot.loaded_for != LoadedFor::demand && !slot.read;
+  }
+  void read(Slot& slot) noexcept {
+    prefetched_.look_ahead_used += is_unread(slot) && slot.loaded_for == LoadedFor::look_ahead;
+    slot.read = true;
+  }
+  void waste_if_unread(const Slot& slot) noexcept {
+    if (!is_unread(slot)) return;
+    ++prefetched_.wasted;
+    prefetched_.look_ahead_wasted += slot.loaded_for == LoadedFor::look_ahead;
   }
   template <class F>
   auto locked(F&& f) const {
@@ -295,7 +312,7 @@ class ExpertCache {
   void evict(std::size_t index) {
     Slot& slot = slots_[index];
     if (slot.state != State::resident) return;
-    wasted_ += is_unread(slot);
+    waste_if_unread(slot);
     regretted_ += forecast_.next_use(slot.id).has_value();
     policy_.evicted(slot.id);
     slot_of_[checked(slot.id)] = none;
@@ -354,7 +371,7 @@ class ExpertCache {
   std::vector<std::size_t> slot_of_;
   std::vector<ExpertId> candidates_;
   std::int64_t pinned_ = 0;  // leases and loads under way
-  std::int64_t wasted_ = 0;
+  Prefetched prefetched_;
   std::uint64_t regretted_ = 0;
   std::uint64_t arenas_ = 0;
   bool in_place_ = false;

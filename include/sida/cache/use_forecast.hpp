@@ -64,11 +64,16 @@ class UseForecast {
 
   /// Foretells a use, with the probability that it takes place.
   void add(ExpertId id, Step step, double probability = 1) {
+    add_guess(id, step, probability);
+    Step& horizon = horizons_[static_cast<std::size_t>(id.layer)];
+    horizon = std::max(horizon, step);
+  }
+
+  /// The same, of a guess: it says nothing of the layer's experts that it does not name.
+  void add_guess(ExpertId id, Step step, double probability) {
     std::vector<Use>& uses = uses_[index(id)];
     const auto later = [](Step value, const Use& use) { return value < use.step; };
     uses.insert(std::upper_bound(uses.begin(), uses.end(), step, later), {step, probability});
-    Step& horizon = horizons_[static_cast<std::size_t>(id.layer)];
-    horizon = std::max(horizon, step);
   }
 
   /// A pass begins whose first layer is step `step`, which may be one that was passed before. What

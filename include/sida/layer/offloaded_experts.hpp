@@ -17,6 +17,7 @@
 #include "sida/ffn/expert_ffn.hpp"
 #include "sida/ffn/routed_call.hpp"
 #include "sida/ffn/slab_layout.hpp"
+#include "sida/layer/router_choices.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
 
 namespace sida {
@@ -60,11 +61,23 @@ class OffloadedExperts {
   ///
   /// hidden, out: [T, H] of the config's dtype; ids: [T, k] i32 or i64; weights: [T, k]. Choices of
   /// weight 0 are left out. `out` is written whole, or not at all when an id is out of range.
+  ///
+  /// `next_ids`: [T, k] i32 or i64 in RAM, what the next layer's router chooses on an input that is
+  /// like its own: these experts may come early, see OffloadScheduler::look_ahead; a view without
+  /// shape tells nothing. Ids out of range are left out. They are read once `ids` are in RAM, so
+  /// that on a GPU they may be on the way there in the order of the same stream.
   /// @throws InvalidArgument, OutOfRange, what a load threw, StateError after close().
   void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
-               const ConstTensorView& weights, const TensorView& out) {
+               const ConstTensorView& weights, const TensorView& out,
+               const ConstTensorView& next_ids = {}) {
     const auto turn = scheduler_->turn();
-    run(hidden, {ids, weights, mask_for(hidden), skip_padding_}, out);
+    if (!next_ids.shape.empty()) check_next(hidden, next_ids);
+    run(hidden, {ids, weights, mask_for(hidden), skip_padding_}, out, next_ids);
+  }
+
+  /// Whether forward() has a use for `next_ids` in the pass at hand.
+  bool wants_look_ahead() const {
+    return layer_ + 1 < scheduler_->layers() && scheduler_->wants_look_ahead();
   }
 
   /// Whether the pass's hash table foretells this layer.
@@ -129,20 +142,30 @@ class OffloadedExperts {
     return fits ? mask : std::span<const std::uint8_t>();
   }
 
-  void run(const ConstTensorView& hidden, const Routing& routing, const TensorView& out) {
+  void check_next(const ConstTensorView& hidden, const ConstTensorView& next_ids) const {
+    SIDA_EXPECTS(layer_ + 1 < scheduler_->layers(),
+                 "forward: the last layer has no next one to look ahead to");
+    check_choices(next_ids, hidden.shape.empty() ? 0 : hidden.shape[0]);
+  }
+
+  void run(const ConstTensorView& hidden, const Routing& routing, const TensorView& out,
+           const ConstTensorView& next_ids = {}) {
     const bool is_kept = find_kept();
     RoutedCall<B> call(*ffn_, hidden, routing, account(routing, is_kept));
     if (is_kept)
       compute_kept(call);
     else
-      compute_demanded(call, routing.is_foretold);
+      compute_demanded(call, routing, next_ids);
     call.combine(out);
   }
 
   // Experts as they are resident, in waves.
-  void compute_demanded(RoutedCall<B>& call, bool predicted) {
+  void compute_demanded(RoutedCall<B>& call, const Routing& routing,
+                        const ConstTensorView& next_ids) {
     const auto& experts = call.experts();
-    auto demand = scheduler_->demand(layer_, experts, call.counted(), predicted);
+    auto demand = scheduler_->demand(layer_, experts, call.counted(), routing.is_foretold);
+    if (!next_ids.shape.empty())
+      scheduler_->look_ahead(layer_ + 1, choices_of(next_ids, routing.mask, config_.experts));
     std::vector<ExpertTask> tasks;
     for (;;) {
       auto leases = demand.next_ready();

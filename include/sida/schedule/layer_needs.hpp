@@ -52,6 +52,7 @@ class LayerNeeds {
     try {
       ++stats().calls;
       stats().predicted_calls += predicted;
+      stats().look_ahead += queue_.look_ahead().begin_layer({layer_, step}, experts, counted);
       cache_.forecast().begin_layer(layer_, step, experts);
       queue_.prefetches().drop_before(step + 1);
       for (std::size_t i = 0; i < experts.size(); ++i)

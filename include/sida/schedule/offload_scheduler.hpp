@@ -202,6 +202,24 @@ class OffloadScheduler {
                              experts, counted, predicted);
   }
 
+  /// Whether it is of use to look ahead from a layer of the pass at hand: not all experts have a
+  /// slot, and there is no hash table that foretells more.
+  bool wants_look_ahead() {
+    const auto mine = turn();
+    const std::lock_guard lock(cache_.mutex());
+    return !table_ && cache_.slots_locked() < cache_.total_experts();
+  }
+
+  /// Tells what the router of a layer chooses on an earlier layer's input: the experts may be
+  /// brought before the layer asks, see RouterLookAhead. Replaces what was told before.
+  /// @throws OutOfRange.
+  void look_ahead(std::int32_t layer, std::span<const RouterChoice> choices) {
+    const auto mine = turn();
+    const std::lock_guard lock(cache_.mutex());
+    transfers_.queue().look_ahead().foretell({layer, steps_.first() + layer}, choices);
+    cache_.changed().notify_all();
+  }
+
   /// Counts a layer call that needed experts of a layer that stays, see ExpertCache::kept_locked;
   /// `counted` is as in demand().
   void count_resident(std::int32_t layer, const std::vector<std::int32_t>& experts,
@@ -236,7 +254,7 @@ class OffloadScheduler {
     CacheStats fresh;
     fresh.layers.resize(static_cast<std::size_t>(layers()));
     transfers_.queue().stats() = fresh;
-    cache_.reset_wasted_locked();
+    cache_.reset_prefetched_locked();
   }
 
   /// Replaces the cache's arena, between two layer calls; waits for the one at hand.
@@ -306,6 +324,7 @@ class OffloadScheduler {
     mask_.assign(mask.begin(), mask.end());
     table_ = std::move(table);
     pass_began_ = Trace::now();
+    transfers_.queue().look_ahead().forget();
     in_pass_ = true;
     ++transfers_.queue().stats().passes;
     transfers_.queue().stats().tables += table_.has_value();
@@ -315,6 +334,7 @@ class OffloadScheduler {
     trace_.add({TraceKind::pass, {-1, -1}, pass_began_, Trace::now(), 0, 0});
     table_.reset();
     mask_.clear();
+    transfers_.queue().look_ahead().forget();
     steps_.end();
     cache_.changed().notify_all();
   }

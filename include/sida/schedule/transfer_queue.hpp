@@ -15,6 +15,7 @@
 #include "sida/cache/cache_stats.hpp"
 #include "sida/cache/expert_cache.hpp"
 #include "sida/schedule/prefetch_queue.hpp"
+#include "sida/schedule/router_look_ahead.hpp"
 
 namespace sida {
 
@@ -49,12 +50,15 @@ class TransferQueue {
     typename Cache::Loading slot;
     ExpertId id;
     std::shared_ptr<Awaited> awaited;  ///< null: nobody waits for it
-    bool prefetched = false;
+    LoadedFor loaded_for = LoadedFor::demand;
     bool joined = false;  ///< who waits came after it was begun
   };
 
   TransferQueue(Cache& cache, const TransferOptions& options)
-      : cache_(cache), options_(options), prefetches_(cache, options.threshold) {
+      : cache_(cache),
+        options_(options),
+        prefetches_(cache, options.threshold),
+        look_ahead_(cache, options.threshold) {
     stats_.layers.resize(static_cast<std::size_t>(cache.store().layers()));
   }
 
@@ -97,20 +101,28 @@ class TransferQueue {
         return other.id == request.id && other.awaited == request.awaited;
       });
       ++request.awaited->backlog;
-      if (slot) return begin(std::move(*slot), request.awaited);
+      if (slot) return begin(std::move(*slot), request.awaited, LoadedFor::demand);
       cache_.changed().notify_all();
     }
     return nullptr;
+  }
+
+  /// Whether nobody needs the load under way any more: the layer that it was a guess for has begun,
+  /// and did not ask for the expert.
+  bool is_obsolete(const Load& load) const {
+    return load.loaded_for == LoadedFor::look_ahead && !load.awaited && !look_ahead_.names(load.id);
   }
 
   /// The load is over: whole, or given up after `bytes` bytes, with the error if there was one.
   void end(Load& load, std::size_t bytes, const std::exception_ptr& error) {
     stats_.bytes_moved += static_cast<std::int64_t>(bytes);
     if (bytes < cache_.slot_bytes()) {
+      stats_.look_ahead_cancelled += !error && is_obsolete(load);
       cache_.give_up_locked(std::move(load.slot));
       failed(load, error);
+      prefetches_.begin_anew();  // a table may have foretold it as well
     } else {
-      cache_.commit_locked(std::move(load.slot), load.prefetched);
+      cache_.commit_locked(std::move(load.slot), load.loaded_for);
       if (is_waited_for(load)) hand_over(load.id, *load.awaited);
     }
     under_way_.remove_if([&](const Load& other) { return &other == &load; });
@@ -125,12 +137,16 @@ class TransferQueue {
   /// Layer calls under way: none or one.
   int& calls() noexcept { return calls_; }
   PrefetchQueue<Cache>& prefetches() noexcept { return prefetches_; }
+  RouterLookAhead<Cache>& look_ahead() noexcept { return look_ahead_; }
   CacheStats& stats() noexcept { return stats_; }
   /// The statistics, with totals and with what the cache knows.
   CacheStats summary() const {
     CacheStats stats = stats_;
     for (const LayerStats& layer : stats.layers) stats.total += layer;
-    stats.wasted = cache_.wasted_locked();
+    const auto& prefetched = cache_.prefetched_locked();
+    stats.wasted = prefetched.wasted;
+    stats.look_ahead_used = prefetched.look_ahead_used;
+    stats.look_ahead_wasted = prefetched.look_ahead_wasted;
     stats.bytes_wasted = stats.wasted * static_cast<std::int64_t>(cache_.slot_bytes());
     return stats;
   }
@@ -143,22 +159,26 @@ class TransferQueue {
 
   Load* begin_prefetch() {
     if (cache_.draining_locked()) return nullptr;
-    std::optional<typename Cache::Loading> slot;
     try {
-      slot = prefetches_.reserve_next(reach());
+      if (auto slot = look_ahead_.reserve_next())  // for the very next layer
+        return begin(std::move(*slot), nullptr, LoadedFor::look_ahead);
+      if (auto slot = prefetches_.reserve_next(reach()))
+        return begin(std::move(*slot), nullptr, LoadedFor::table);
     } catch (...) {  // of the policy: the layer that needs the expert meets it again
       ++stats_.failed_prefetches;
+      look_ahead_.forget();
       prefetches_.drop_from(cache_.forecast().now());
     }
-    return slot ? begin(std::move(*slot), nullptr) : nullptr;
+    return nullptr;
   }
 
-  Load* begin(typename Cache::Loading slot, const std::shared_ptr<Awaited>& awaited) {
-    const bool prefetched = awaited == nullptr;
+  Load* begin(typename Cache::Loading slot, const std::shared_ptr<Awaited>& awaited,
+              LoadedFor loaded_for) {
     ++stats_.loads;
-    stats_.prefetches += prefetched;
+    stats_.prefetches += loaded_for != LoadedFor::demand;
+    stats_.look_ahead_loads += loaded_for == LoadedFor::look_ahead;
     const ExpertId id = slot.id();
-    return &under_way_.emplace_back(Load{std::move(slot), id, awaited, prefetched});
+    return &under_way_.emplace_back(Load{std::move(slot), id, awaited, loaded_for});
   }
 
   bool join_under_way(ExpertId id, const std::shared_ptr<Awaited>& awaited) {
@@ -192,9 +212,10 @@ class TransferQueue {
     return load.awaited && !load.awaited->abandoned;
   }
   void failed(const Load& load, const std::exception_ptr& error) {
-    if (load.prefetched && error) {
+    if (load.loaded_for != LoadedFor::demand && error) {
       ++stats_.failed_prefetches;
       prefetches_.give_up(load.id);
+      look_ahead_.give_up(load.id);
     }
     if (!is_waited_for(load)) return;
     // What was begun for another purpose, or another call, is tried once more for this one.
@@ -217,6 +238,7 @@ class TransferQueue {
   CacheStats stats_;
   std::deque<Request> demands_;
   PrefetchQueue<Cache> prefetches_;
+  RouterLookAhead<Cache> look_ahead_;
   std::list<Load> under_way_;
   int calls_ = 0;
 };

@@ -77,13 +77,13 @@ class Transfers {
   void load(Lock& lock, typename Queue::Load& load, int lane) {
     const double begin = Trace::now();
     const ExpertId id = load.id;
-    const bool prefetched = load.prefetched;
+    const bool prefetched = load.loaded_for != LoadedFor::demand;
     std::byte* const slab = load.slot.slab();
     std::exception_ptr error;
     std::size_t done = 0;
     while (done < cache_.slot_bytes() && !error && !stopping_) {
       if (!load.awaited) serve_demands(lock, lane);
-      if (stopping_) break;
+      if (stopping_ || queue_.is_obsolete(load)) break;
       const bool is_awaited = load.awaited != nullptr;
       const std::size_t rest = cache_.slot_bytes() - done;
       const bool is_split = !is_awaited || SlabLoader<B>::splits_awaited;

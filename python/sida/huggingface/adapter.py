@@ -108,6 +108,19 @@ class ExpertAdapter(MoeAdapter, Protocol):
             compute_predicted: Stands in for router and experts both, where it is given.
         """
 
+    def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return what a layer's router chooses for hidden states [T, H], as a look ahead.
+
+        The router's hooks are not told, and nothing of the model changes.
+
+        Returns:
+            Expert ids [T, k]; ids that are no expert's stand for none. None in training, where
+            routers draw random numbers.
+
+        Raises:
+            Exception: The layer has no router that sida knows, or the router takes something else.
+        """
+
     def remove(self, layer: int) -> None:
         """Undo `install`: the layer has its own experts and router again."""
 

@@ -40,7 +40,7 @@ def check_options(*, routing: str, predictor: Any, policy: str, threads: int | N
     """Raise ValueError for options that cannot be right."""
     if routing not in ROUTINGS:
         raise ValueError(f'expected routing="exact" or "predicted", got {routing!r}')
-    if routing == "predicted" and predictor is None:
+    if routing == "predicted" and (predictor is None or predictor is False):
         raise ValueError(
             'routing="predicted" needs predictor=: a predictor from sida.train_predictor(model, '
             "batches), its file, or a recorded HashTable"

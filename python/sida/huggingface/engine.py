@@ -14,6 +14,7 @@ from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadedExperts, Of
 from sida.huggingface import checks
 from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.expert_file import ExpertFile
+from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.pinned_experts import PinnedExperts
 from sida.layer import detached
 from sida.torch.experts_module import CLOSED
@@ -206,8 +207,9 @@ class Engine:
         dtype: str,
         threads: int | None,
         skip_padding: bool,
+        look_ahead: LookAhead,
     ) -> None:
-        self.cache, self._fixed_threads = cache, threads
+        self.cache, self._fixed_threads, self._look_ahead = cache, threads, look_ahead
         self._threads = threads or torch.get_num_threads()
         self._dtype = DTYPES[dtype]
         self.scheduler = OffloadScheduler(cache)
@@ -224,8 +226,15 @@ class Engine:
         Experts compute in their own dtype, as transformers' grouped_mm does, under autocast too;
         the result has the dtype of `hidden`.
         """
-        out: Tensor = self._layers[layer].forward(
-            self._input(hidden), ids.contiguous(), detached(weights).contiguous()
+        experts, values = self._layers[layer], self._input(hidden)
+        next_ids = None
+        if experts.wants_look_ahead():
+            next_ids = self._look_ahead.choose(layer, detached(hidden))
+        out: Tensor = experts.forward(
+            values,
+            ids.contiguous(),
+            detached(weights).contiguous(),
+            next_top_k_index=next_ids,
         )
         return out.to(hidden.dtype)
 

@@ -18,6 +18,7 @@ from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.engine import Engine, ExpertSource, Memory
 from sida.huggingface.guards import Guards
 from sida.huggingface.layer_weights import LayerWeights
+from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.passes import Passes
 from sida.huggingface.tables import Tables
 from sida.stats import Stats, collect
@@ -42,6 +43,7 @@ class Offloaded:
         device: str,
         routing: str,
         tables: Tables | None,
+        look_ahead: LookAhead,
         policy: str,
         threads: int | None,
         skip_padding: bool,
@@ -49,6 +51,7 @@ class Offloaded:
         self._model: nn.Module | None = model
         self._adapter, self._source = adapter, source
         self._routing, self._tables, self._policy = routing, tables, policy
+        self._look_ahead = look_ahead
         self._threads, self._skip_padding = threads, skip_padding
         self._map_ready: threading.Semaphore | None = None
         self._engine: Engine | None = None
@@ -118,6 +121,7 @@ class Offloaded:
             tokens=self._passes.tokens,
         )
         stats["routing"] = self._routing
+        stats["look_ahead"]["off"] = list(self._look_ahead.off)
         return stats
 
     def reset_stats(self) -> None:
@@ -190,7 +194,8 @@ class Offloaded:
             if not self._source.restores:
                 self._model = None
                 self._passes.forget()
-                del self._adapter, self._guards  # which stay: the model has no experts to save
+                del self._adapter, self._look_ahead
+                del self._guards  # which stay: the model has no experts to save
             elif self._model is not None:
                 self._guards.remove()
                 self._model.to(self._home)
@@ -236,6 +241,7 @@ class Offloaded:
                 dtype=self._source.dtype,
                 threads=self._threads,
                 skip_padding=self._skip_padding,
+                look_ahead=self._look_ahead,
             )
             for layer in range(len(self._adapter.layer_names)):
                 self._install(engine, layer)

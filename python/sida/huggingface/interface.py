@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sida.huggingface.adapter import (
     ExpertArrays,
     ExpertParameter,
     Stack,
+    integer_tensor,
 )
 from sida.torch.experts_module import ExpertsModule
 
@@ -29,6 +31,8 @@ ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_appl
 """What transformers gives to every class that `use_experts_implementation` decorates."""
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
 """Names that configs have for the number of experts of a token."""
+ROUTERS = ("gate", "router")
+"""Names that MoE layers have for their router."""
 NO_PREDICTOR = (
     "sida foretells the routing of Switch Transformers' encoders only; offload this model without "
     'predictor= and with routing="exact"'
@@ -313,6 +317,22 @@ class InterfaceAdapter:
             experts = stand_in
         experts.compute = compute
 
+    def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return what a layer's router chooses; see `ExpertAdapter.choices`."""
+        parent = self._parents[layer]
+        router = next(
+            (getattr(parent, name, None) for name in ROUTERS if hasattr(parent, name)), None
+        )
+        if not isinstance(router, nn.Module):
+            raise ValueError(f"expected a router named {' or '.join(ROUTERS)}, found none")
+        if router.training:
+            return None
+        # By its class, so that neither its hooks nor what records router logits see the call.
+        output = type(router).forward(router, hidden, **_router_arguments(router, parent))
+        ids = output[integer_tensor(output)]
+        assert isinstance(ids, Tensor)
+        return ids
+
     def remove(self, layer: int) -> None:
         """Put the layer's own experts back."""
         experts = self.experts(layer)
@@ -350,6 +370,15 @@ class InterfaceAdapter:
 
     def _layers(self) -> range:
         return range(len(self._parents))
+
+
+def _router_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any]:
+    """Return what a router takes beside hidden states: its layer's, by the same name."""
+    parameters = list(inspect.signature(type(router).forward).parameters.values())[2:]
+    names = [
+        p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    return {name: getattr(parent, name) for name in names}
 
 
 def _interleave(gate_up: Tensor) -> Tensor:

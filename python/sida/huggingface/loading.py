@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import huggingface_hub
 import torch
@@ -22,6 +22,7 @@ from sida.huggingface.adapter import ExpertAdapter, find_adapter
 from sida.huggingface.building import EXPERT_KEYS, without_experts
 from sida.huggingface.engine import CheckpointExperts, Memory, Place
 from sida.huggingface.handle import Offloaded
+from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.packed import dequantise, is_quantised, without_quantisation
 from sida.huggingface.tables import open_tables
 from sida.packing import what_is_lost
@@ -56,7 +57,13 @@ def from_pretrained(
     dtype: str | torch.dtype = "auto",
     model_class: Any = None,
     routing: str = "exact",
-    predictor: HashPredictor | HashTable | Predictor | str | os.PathLike[str] | None = None,
+    predictor: HashPredictor
+    | HashTable
+    | Predictor
+    | str
+    | os.PathLike[str]
+    | Literal[False]
+    | None = None,
     policy: str = "auto",
     threads: int | None = None,
     skip_padding: bool = False,
@@ -134,6 +141,7 @@ def from_pretrained(
         device=place.device,
         routing=routing,
         tables=open_tables(predictor, adapter),
+        look_ahead=LookAhead(adapter, wanted=predictor is not False),
         policy=policy,
         threads=threads,
         skip_padding=skip_padding,

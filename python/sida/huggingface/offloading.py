@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from sida.huggingface import checks
 from sida.huggingface.adapter import find_adapter
 from sida.huggingface.engine import Memory, ModelExperts, Place
 from sida.huggingface.handle import Offloaded
+from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.tables import open_tables
 from sida.torch.teacher import model_device
 
@@ -28,7 +29,13 @@ def offload(
     memory: Memory,
     device: str | torch.device | None = None,
     routing: str = "exact",
-    predictor: HashPredictor | HashTable | Predictor | str | os.PathLike[str] | None = None,
+    predictor: HashPredictor
+    | HashTable
+    | Predictor
+    | str
+    | os.PathLike[str]
+    | Literal[False]
+    | None = None,
     policy: str = "auto",
     threads: int | None = None,
     skip_padding: bool = False,
@@ -58,7 +65,10 @@ def offload(
             early. "predicted" (SiDA-MoE): in the layers that the predictor foretells, experts and
             scales come from its hash table, and the routers never run; their logits are then
             missing among a model's `router_logits`. Padding is left out in those layers.
-        predictor: From `sida.train_predictor`, the path of one, or a recorded HashTable.
+        predictor: From `sida.train_predictor`, the path of one, or a recorded HashTable. Whatever
+            it is, with exact routing a decoder's passes without a hash table look ahead: the next
+            layer's router, on this layer's input, tells which experts may come early; see
+            `look_ahead` in `stats()`. False: no look-ahead either.
         policy: Which expert makes way: "fifo", "lru", "lfu", "lookahead" (what the hash tables
             need last), or "auto".
         threads: For computing experts; by default as many as torch uses.
@@ -97,6 +107,7 @@ def offload(
         device=place.device,
         routing=routing,
         tables=tables,
+        look_ahead=LookAhead(adapter, wanted=predictor is not False),
         policy=policy,
         threads=threads,
         skip_padding=skip_padding,

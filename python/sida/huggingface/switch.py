@@ -216,6 +216,16 @@ class SwitchAdapter:
 
             mlp.forward = forward
 
+    def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return what a layer's router chooses; see `ExpertAdapter.choices`."""
+        router = self._layers[layer].router
+        if router.training:
+            return None
+        # By its class, so that neither its hooks nor what records router logits see the call.
+        selected, _ = _selected(type(router).forward(router, hidden))
+        chosen, ids = selected.flatten(0, -2).max(-1)
+        return ids.masked_fill(chosen == 0, -1)
+
     def remove(self, layer: int) -> None:
         """Put the layer's own experts and forward back."""
         mlp = self._layers[layer]

@@ -117,14 +117,14 @@ def open_tables(predictor: Any, adapter: ExpertAdapter) -> Tables | None:
 
     Args:
         predictor: A path of a predictor or of a hash table, either of them as an object, anything
-            else with HashPredictor's attributes and `predict`, or None.
+            else with HashPredictor's attributes and `predict`; None or False for none.
         adapter: The model.
 
     Raises:
         ValueError: It belongs to another model.
         OSError: The file is missing, or neither a predictor nor a hash table.
     """
-    if predictor is None:
+    if predictor is None or predictor is False:
         return None
     if not adapter.predictable:
         adapter.stack()  # says why there is none
