@@ -22,6 +22,7 @@ from sida.cli.locate import draw_sentences
 from sida.huggingface.adapter import find_adapter
 from sida.huggingface.engine import CheckpointExperts, Place
 from sida.huggingface.handle import Offloaded
+from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.tables import open_tables
 
 MODEL = harness.ROOT / "models" / "wordnet-switch-32"
@@ -44,6 +45,7 @@ def throttled_encoder(bytes_per_second: float, predictor: Any) -> Offloaded:
         memory=MEMORY,
         routing="exact",
         tables=open_tables(predictor, adapter),
+        look_ahead=LookAhead(adapter, wanted=False),
         policy="auto",
         threads=None,
         skip_padding=False,

@@ -16,6 +16,7 @@ from sida.cli.replay import load_recording
 from sida.huggingface.adapter import find_adapter
 from sida.huggingface.engine import CheckpointExperts, Place
 from sida.huggingface.handle import Offloaded
+from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.tables import open_tables
 
 transformers = pytest.importorskip("transformers")
@@ -112,6 +113,7 @@ def slow_encoder(policy: str, table: Path | None = None) -> Offloaded:
         memory="20%",
         routing="exact",
         tables=open_tables(table, adapter),
+        look_ahead=LookAhead(adapter, wanted=False),
         policy=policy,
         threads=None,
         skip_padding=False,
