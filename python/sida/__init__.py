@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-Experts models beyond fast memory.
 
-`offload` and `from_pretrained` are for models of Hugging Face transformers, `OffloadedExperts` for
-a MoE layer of one's own; `train_predictor` makes what brings experts early. The components behind
-them are here too, for code that wants its own loop. torch and transformers are imported only when
-something needs them.
+`offload` and `from_pretrained` are for models of Hugging Face transformers; `ModuleAdapter` and
+`register_adapter` teach `offload` a MoE module of one's own, and `OffloadedExperts` is the experts
+of one layer. `train_predictor` makes what brings experts early. The components behind them are here
+too, for code that wants its own loop. torch and transformers are imported only when something needs
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from sida.layer import LayerExperts, OffloadedExperts
 from sida.stats import Stats
 
 if TYPE_CHECKING:
-    from sida.huggingface import Offloaded, from_pretrained, offload
+    from sida.huggingface import (
+        ModuleAdapter,
+        Offloaded,
+        from_pretrained,
+        offload,
+        register_adapter,
+    )
     from sida.torch import Predictor, load_predictor, train_predictor
 
 __all__ = [
@@ -37,6 +44,7 @@ __all__ = [
     "HashPredictor",
     "HashTable",
     "LayerExperts",
+    "ModuleAdapter",
     "MoeConfig",
     "OffloadScheduler",
     "Offloaded",
@@ -47,16 +55,19 @@ __all__ = [
     "from_pretrained",
     "load_predictor",
     "offload",
+    "register_adapter",
     "replay",
     "train_predictor",
 ]
 
 _LAZY = {
+    "ModuleAdapter": "sida.huggingface",
     "Offloaded": "sida.huggingface",
     "Predictor": "sida.torch",
     "from_pretrained": "sida.huggingface",
     "load_predictor": "sida.torch",
     "offload": "sida.huggingface",
+    "register_adapter": "sida.huggingface",
     "train_predictor": "sida.torch",
 }
 _EXTRAS = {"torch": "torch", "transformers": "transformers"}

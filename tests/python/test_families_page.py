@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import own_modules
 import support_table
 from family_models import MODELS, make_family
+
+from sida.huggingface import adapter
 
 ROOT = support_table.ROOT
 PAGE = ROOT / "docs" / "families.md"
@@ -66,9 +69,9 @@ def make_hub(folder: Path) -> None:
 
 
 def test_snippets_run(tmp_path: Path) -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     make_hub(tmp_path)
-    code = "\n".join(f"exec({snippet!r}, {{}})" for snippet in SNIPPETS)
+    code = "\n".join(f"exec({snippet!r}, {{}})" for snippet in SNIPPETS[:3])
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -78,6 +81,13 @@ def test_snippets_run(tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_snippet_of_a_module_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_registered", [])
+    model = torch.nn.Sequential(own_modules.Moe(), own_modules.Moe())
+    exec(SNIPPETS[3], {"MyMoe": own_modules.Moe, "model": model, "batch": torch.randn(2, 5, 24)})
+    assert [kind.__name__ for kind in adapter._registered] == ["MyAdapter"]
 
 
 def test_every_linked_file_exists() -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model of transformers keeps what sida deals with; one adapter for each family."""
+"""Where a model keeps what sida deals with; one adapter for each family or module of one's own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -62,11 +63,20 @@ class Stack:
 class ExpertAdapter(MoeAdapter, Protocol):
     """What offloading needs of a model beyond what predictors do.
 
-    Whatever `install` changed, `remove` puts back; neither copies weights.
+    Whatever `install` changed, `remove` puts back; neither copies weights. It is made of a model,
+    original or offloaded.
     """
 
+    looks_for: ClassVar[str]
+    """The modules that it is for, in words."""
     interleaved: bool
     """Whether gate and up take turns in the parameters."""
+
+    def __init__(self, model: nn.Module) -> None: ...
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether a model that has this module is one for this adapter."""
 
     def stacks(self) -> list[Stack]:
         """Return the model's stacks with MoE layers, in the order in which they run."""
@@ -145,22 +155,63 @@ def refuse_wrong_upstream(model: nn.Module) -> None:
             raise ValueError(f"{type(model).__name__}: {reason}")
 
 
+_registered: list[type[ExpertAdapter]] = []
+"""Adapters that users taught sida, the last one first."""
+_Adapter = TypeVar("_Adapter", bound="type[ExpertAdapter]")
+
+
+def register_adapter(adapter: _Adapter) -> _Adapter:
+    """Teach sida a MoE module; from now on `offload` takes models that have it.
+
+    The usual way to write an adapter is to derive from `sida.ModuleAdapter`, which asks for a few
+    answers about the module; whatever has all that `sida.huggingface.ExpertAdapter` lists will do.
+    What was registered last is asked first, and before the adapters that sida has.
+
+    Args:
+        adapter: The class, called with the model as its one argument.
+
+    Returns:
+        The class, so that this can decorate it.
+
+    Raises:
+        TypeError: It is no class, or something is missing in it; the message lists what.
+    """
+    if not isinstance(adapter, type):
+        raise TypeError(
+            f"expected a class, whose objects are made of a model, got {type(adapter).__name__}"
+        )
+    members = {name for name, _ in inspect.getmembers(ExpertAdapter, callable) if name[0] != "_"}
+    missing = {name for name in members if not callable(getattr(adapter, name, None))}
+    missing |= getattr(adapter, "__abstractmethods__", frozenset())
+    if missing:
+        raise TypeError(
+            f"{adapter.__name__} cannot stand for a MoE module: expected it to have "
+            f"{', '.join(f'{name}()' for name in sorted(missing))}; see sida.ModuleAdapter"
+        )
+    if adapter in _registered:
+        _registered.remove(adapter)
+    _registered.insert(0, adapter)
+    return adapter
+
+
 def find_adapter(model: nn.Module) -> ExpertAdapter:
     """Return the adapter for a model.
 
     Raises:
         ValueError: sida knows no MoE layer of the model; the message lists what was looked for and
-            what the model has. Or transformers computes the model wrongly.
+            what the model has. Or transformers computes the model wrongly, or an adapter that was
+            registered says what does not fit the model.
     """
-    from sida.huggingface import interface, switch
+    from sida.huggingface.interface import InterfaceAdapter
+    from sida.huggingface.switch import SwitchAdapter
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module, got {type(model).__name__}")
     refuse_wrong_upstream(model)
-    if any(isinstance(module, switch.SPARSE_LAYERS) for module in model.modules()):
-        return switch.SwitchAdapter(model)
-    if any(interface.is_experts(module) for module in model.modules()):
-        return interface.InterfaceAdapter(model)
+    adapters: list[type[ExpertAdapter]] = [*_registered, SwitchAdapter, InterfaceAdapter]
+    for adapter in adapters:
+        if any(adapter.matches(module) for module in model.modules()):
+            return adapter(model)
     hints = ("expert", "moe", "router", "sparse")
     found = sorted(
         {
@@ -169,12 +220,12 @@ def find_adapter(model: nn.Module) -> ExpertAdapter:
             if any(hint in type(module).__name__.lower() for hint in hints)
         }
     )
+    looked_for = [adapter.looks_for for adapter in adapters]
     raise ValueError(
         f"{type(model).__name__} has no MoE layer that sida knows: looked for "
-        "SwitchTransformersSparseMLP (Switch Transformers) and modules of transformers' experts "
-        f"interface ({', '.join(interface.ATTRIBUTES)}), found "
+        f"{', '.join(looked_for[:-1])} and {looked_for[-1]}, found "
         f"{', '.join(found) if found else 'no module that looks like one'}. "
-        "For a MoE module of your own there is sida.OffloadedExperts"
+        "A MoE module of your own sida learns from sida.register_adapter"
     )
 
 

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sida.huggingface.adapter import (
-    Compute,
-    ComputePredicted,
-    ExpertArrays,
-    ExpertParameter,
-    Stack,
-    integer_tensor,
-)
+from sida.huggingface.adapter import ExpertArrays, ExpertParameter, Stack, integer_tensor
+from sida.huggingface.layers_adapter import LayersAdapter
 from sida.torch.experts_module import ExpertsModule
 
 if TYPE_CHECKING:
@@ -33,10 +26,6 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_t
 """Names that configs have for the number of experts of a token."""
 ROUTERS = ("gate", "router")
 """Names that MoE layers have for their router."""
-NO_PREDICTOR = (
-    "sida foretells the routing of Switch Transformers' encoders only; offload this model without "
-    'predictor= and with routing="exact"'
-)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -201,25 +190,27 @@ def make_without_weights(experts: type[nn.Module]) -> Callable[..., nn.Module]:
     return make
 
 
-class InterfaceAdapter:
+class InterfaceAdapter(LayersAdapter):
     """See `sida.huggingface.adapter.ExpertAdapter`."""
 
+    looks_for = f"modules of transformers' experts interface ({', '.join(ATTRIBUTES)})"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether it is the experts of a layer."""
+        return is_experts(module)
+
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._parents: list[nn.Module] = []
-        self._children: list[str] = []
+        super().__init__(model)
         self._forms: list[ExpertsForm] = []
-        self.layer_names: list[str] = []
         modules = dict(model.named_modules())
         stacks: dict[str, list[int]] = {}
         for name, module in modules.items():
             if not is_experts(module):
                 continue
             parent, _, child = name.rpartition(".")
-            stacks.setdefault(_stack_of(name, modules), []).append(len(self._parents))
-            self._parents.append(modules[parent])
-            self._children.append(child)
-            self.layer_names.append(parent)
+            stacks.setdefault(_stack_of(name, modules), []).append(len(self._layers))
+            self.add_layer(parent, modules[parent], child)
             self._forms.append(
                 module.form
                 if isinstance(module, InterfaceExperts)
@@ -234,10 +225,8 @@ class InterfaceAdapter:
         self._stacks = [Stack(modules[name], layers, False) for name, layers in stacks.items()]
         self._form = self._forms[0]
         self.interleaved = self._form.interleaved
-        self.predictable: list[int] = []
         self.num_experts = self._form.experts
         self.top_k = _top_k(model, self.num_experts)
-        self._own_experts: dict[int, nn.Module] = {}
 
     def stacks(self) -> list[Stack]:
         """Return the models around the layers."""
@@ -263,13 +252,9 @@ class InterfaceAdapter:
             **limit,
         )
 
-    def has_experts(self) -> bool:
-        """Whether no handle has taken the experts."""
-        return not any(isinstance(self.experts(i), InterfaceExperts) for i in self._layers())
-
     def parameters(self, layer: int) -> list[ExpertParameter]:
         """Return the stacks of up and down projections, and their biases."""
-        owner = self._own_experts.get(layer) or self.experts(layer)
+        owner = self.own_experts(layer)
         return [
             ExpertParameter(owner, name, f"experts.{name}")
             for name in _names(self._form.gated, self._form.biased)
@@ -297,29 +282,9 @@ class InterfaceAdapter:
         names = _names(self._form.gated, self._form.biased)
         return {name: part[None] for name, part in zip(names, (up, down, *biases), strict=True)}
 
-    def experts(self, layer: int) -> nn.Module:
-        """Return the module that is a layer's experts now."""
-        module = getattr(self._parents[layer], self._children[layer])
-        assert isinstance(module, nn.Module)
-        return module
-
-    def install(
-        self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
-    ) -> None:
-        """Let `compute` stand in for a layer's experts."""
-        if compute_predicted is not None:
-            raise ValueError(NO_PREDICTOR)
-        experts = self.experts(layer)
-        if not isinstance(experts, InterfaceExperts):
-            self._own_experts[layer] = experts
-            stand_in = InterfaceExperts(self._form).train(experts.training)
-            setattr(self._parents[layer], self._children[layer], stand_in)
-            experts = stand_in
-        experts.compute = compute
-
     def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return what a layer's router chooses; see `ExpertAdapter.choices`."""
-        parent = self._parents[layer]
+        parent = self._layers[layer]
         router = next(
             (getattr(parent, name, None) for name in ROUTERS if hasattr(parent, name)), None
         )
@@ -333,43 +298,9 @@ class InterfaceAdapter:
         assert isinstance(ids, Tensor)
         return ids
 
-    def remove(self, layer: int) -> None:
-        """Put the layer's own experts back."""
-        experts = self.experts(layer)
-        if layer in self._own_experts:
-            own = self._own_experts.pop(layer).train(experts.training)
-            setattr(self._parents[layer], self._children[layer], own)
-        elif isinstance(experts, InterfaceExperts):
-            experts.compute = None
-
-    def stack(self) -> nn.Module:
-        """Raise ValueError: there is no predictor for such models yet."""
-        raise ValueError(NO_PREDICTOR)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Raise ValueError, as `stack`."""
-        raise ValueError(NO_PREDICTOR)
-
-    def routers(self) -> list[nn.Module]:
-        """Raise ValueError, as `stack`."""
-        raise ValueError(NO_PREDICTOR)
-
-    def routing(self, layer: int, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Raise ValueError, as `stack`."""
-        raise ValueError(NO_PREDICTOR)
-
-    @contextmanager
-    def forced_routing(self, tables: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Raise ValueError, as `stack`."""
-        raise ValueError(NO_PREDICTOR)
-        yield
-
-    def fingerprint(self) -> str:
-        """Raise ValueError, as `stack`."""
-        raise ValueError(NO_PREDICTOR)
-
-    def _layers(self) -> range:
-        return range(len(self._parents))
+    def stand_in(self, layer: int) -> InterfaceExperts:
+        """Return what stands for the experts of every layer."""
+        return InterfaceExperts(self._form)
 
 
 def _router_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from transformers.models.switch_transformers import modeling_switch_transformers as modeling
 
 from sida.huggingface.adapter import (
-    Compute,
-    ComputePredicted,
     ExpertArrays,
     ExpertParameter,
     Stack,
     integer_tensor,
 )
+from sida.huggingface.layers_adapter import LayersAdapter
 from sida.torch.experts_module import ExpertsModule
 
 if TYPE_CHECKING:
@@ -93,24 +92,27 @@ class SwitchSparseMlp(nn.Module):
 SPARSE_LAYERS = (SparseMlp, SwitchSparseMlp)
 
 
-class SwitchAdapter:
+class SwitchAdapter(LayersAdapter):
     """See `sida.huggingface.adapter.ExpertAdapter`."""
 
     interleaved = False
+    looks_for = "SwitchTransformersSparseMLP (Switch Transformers)"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether it is a MoE layer of Switch Transformers."""
+        return isinstance(module, SPARSE_LAYERS)
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        super().__init__(model)
         self._stacks: list[Stack] = []
-        self._layers: list[Any] = []
-        self.layer_names: list[str] = []
         for prefix, stack in model.named_modules():
             if not isinstance(stack, modeling.SwitchTransformersStack):
                 continue
             first = len(self._layers)
             for name, module in stack.named_modules():
                 if isinstance(module, SPARSE_LAYERS):
-                    self._layers.append(module)
-                    self.layer_names.append(f"{prefix}.{name}" if prefix else name)
+                    self.add_layer(f"{prefix}.{name}" if prefix else name, module, "experts")
             layers = range(first, len(self._layers))
             self._stacks.append(Stack(stack, layers, not stack.is_decoder))
         if not self._layers:
@@ -121,7 +123,6 @@ class SwitchAdapter:
         self.predictable = [i for s in self._stacks if s.predictable for i in s.layers]
         self.num_experts = int(self._layers[0].router.num_experts)
         self.top_k = 1
-        self._own_experts: dict[int, nn.Module] = {}
         self._logits: dict[int, Tensor] = {}
 
     # What offloading asks for.
@@ -154,10 +155,6 @@ class SwitchAdapter:
             dtype=dtype,
         )
 
-    def has_experts(self) -> bool:
-        """Whether no handle has taken the experts."""
-        return not any(isinstance(layer.experts, SwitchExperts) for layer in self._layers)
-
     def parameters(self, layer: int) -> list[ExpertParameter]:
         """Return `wi` and `wo` of every expert of a layer.
 
@@ -165,7 +162,7 @@ class SwitchAdapter:
             ValueError: An expert is not what transformers made it.
         """
         name = self.layer_names[layer]
-        owner = self._own_experts.get(layer, self._layers[layer].experts)
+        owner: Any = self.own_experts(layer)
         found: list[ExpertParameter] = []
         for i in range(self.num_experts):
             expert = owner[f"expert_{i}"]
@@ -191,31 +188,6 @@ class SwitchAdapter:
         """Return `wi` and `wo` of an expert."""
         return {f"expert_{expert}.wi.weight": arrays[0], f"expert_{expert}.wo.weight": arrays[1]}
 
-    def experts(self, layer: int) -> nn.Module:
-        """Return the module that is a layer's experts now."""
-        module: nn.Module = self._layers[layer].experts
-        return module
-
-    def install(
-        self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
-    ) -> None:
-        """Let `compute` stand in for a layer's experts."""
-        mlp = self._layers[layer]
-        if not isinstance(mlp.experts, SwitchExperts):
-            config = self._stacks[0].module.config
-            self._own_experts[layer] = mlp.experts
-            stand_in = SwitchExperts(self.num_experts, config.dropout_rate)
-            mlp.experts = stand_in.train(mlp.training)
-        mlp.experts.compute = compute
-        mlp.experts.compute_predicted = compute_predicted
-        if compute_predicted is not None:
-
-            def forward(hidden_states: Tensor) -> Tensor:
-                rows: Tensor = mlp.experts.predicted(hidden_states.flatten(0, -2))
-                return rows.view_as(hidden_states)
-
-            mlp.forward = forward
-
     def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return what a layer's router chooses; see `ExpertAdapter.choices`."""
         router = self._layers[layer].router
@@ -226,15 +198,9 @@ class SwitchAdapter:
         chosen, ids = selected.flatten(0, -2).max(-1)
         return ids.masked_fill(chosen == 0, -1)
 
-    def remove(self, layer: int) -> None:
-        """Put the layer's own experts and forward back."""
-        mlp = self._layers[layer]
-        mlp.__dict__.pop("forward", None)
-        if layer in self._own_experts:
-            training = mlp.training
-            mlp.experts = self._own_experts.pop(layer).train(training)
-        elif isinstance(mlp.experts, SwitchExperts):
-            mlp.experts.compute = mlp.experts.compute_predicted = None
+    def stand_in(self, layer: int) -> SwitchExperts:
+        """Return what stands for the experts of every layer."""
+        return SwitchExperts(self.num_experts, self._stacks[0].module.config.dropout_rate)
 
     # What predictors ask for.
 
