@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import huggingface_hub
 from family_models import BASE, MODELS, make_family, make_inputs, make_model
 from safetensors.torch import load_file, safe_open
 from switch_models import make_batch, make_encoder, make_seq2seq, relative, run
@@ -60,6 +64,69 @@ def test_what_transformers_saves_and_reads(name: str, dtype: Any, tmp_path: Path
         again, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(info.values()), info
         assert again.dtype == dtype and relative(run(again, batch), expected) <= 1e-6
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where files lie that would have been uploaded; without `fail` in it uploading works."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+
+    def create_commit(self: Any, repo_id: str, operations: Any, **kwargs: Any) -> str:
+        assert repo_id == "me/model"
+        if (folder / "fail").exists():
+            raise OSError("the connection was lost")
+        for operation in operations:
+            shutil.copy(operation.path_or_fileobj, folder / operation.path_in_repo)
+        return "https://hub/me/model"
+
+    def no_card(*args: Any, **kwargs: Any) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("there is no card")
+
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/model"))
+    monkeypatch.setattr(api, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch"])
+def test_what_is_pushed_to_the_hub_is_what_transformers_saves(
+    name: str, hub: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("jinja2")
+    model = make_model(name)
+    model.save_pretrained(tmp_path / "original")
+    with sida.offload(model, memory=0.25, offload_dir=tmp_path / "experts"):
+        assert model.push_to_hub("me/model", max_shard_size="20KB") == "https://hub/me/model"
+        assert not any((tmp_path / "tmp").iterdir())
+    (hub / "README.md").unlink()
+    assert len(list(hub.glob("*.safetensors"))) > 1
+    check_same(hub, tmp_path / "original")
+    batch, _ = make_inputs(name)
+    assert torch.equal(run(type(model).from_pretrained(hub), batch), run(model, batch))
+
+
+def test_a_push_that_fails_leaves_nothing_behind(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jinja2")
+    model = make_family("mixtral")
+    with sida.offload(model, memory=0.25, offload_dir=tmp_path / "experts") as off:
+        (hub / "fail").touch()
+        with pytest.raises(OSError, match="the connection was lost"):
+            model.push_to_hub("me/model")
+        assert not any((tmp_path / "tmp").iterdir())
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(OSError, match=r"the disk of .*has 1,000 free.*TMPDIR"):
+            model.push_to_hub("me/model")
+        assert not any((tmp_path / "tmp").iterdir())
+        monkeypatch.undo()
+        assert off.stats()["passes"] == 0
+        run(model, make_inputs("mixtral")[0])
 
 
 def test_shards_have_the_size_asked_for_and_an_index(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class _Shards:
         if free < self.size:
             raise OSError(
                 f"the model's weights take {self.size:,} bytes, but the disk of {folder.parent} "
-                f"has {free:,} free: choose another folder"
+                f"has {free:,} free: choose another folder (push_to_hub: another TMPDIR)"
             )
         self._folder, self._infix = folder, f".{variant}" if variant else ""
         self._split = split_weights(weights, max_shard_size, self._infix)
