@@ -84,6 +84,35 @@ def test_closing_twice_and_after_an_error(tmp_path: Path) -> None:
     assert "forward" not in vars(model.encoder)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(OSError(5, "Input/output error"), "close the handle again"), (KeyboardInterrupt(), None)],
+)
+def test_experts_that_could_not_be_read_back_are_so_by_closing_again(
+    error: BaseException, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = make_encoder(), make_batch()
+    expected = run(model, batch)
+    off = sida.offload(model, memory=0.2, offload_dir=tmp_path)
+    read, reads = os.preadv, iter(range(100))
+
+    def fail_once(*arguments: Any) -> int:
+        if next(reads) == 3:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", fail_once)
+    with pytest.raises(type(error), match=message):
+        off.close()
+    with pytest.raises(RuntimeError, match="close the handle again"):
+        run(model, batch)
+    with pytest.raises(ValueError, match="meta"):
+        sida.offload(model, memory=0.2)
+    off.close()
+    assert torch.equal(run(model, batch), expected)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_forward_does_not_keep_others_waiting() -> None:
     model, batch = make_encoder(), make_batch()
     with sida.offload(model, memory=0.2) as off:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -73,13 +74,24 @@ class ExpertFile:
             raise
 
     def restore(self) -> None:
-        """Put equal weights back into the modules, and remove the file."""
+        """Put equal weights back into the modules, and remove the file.
+
+        Raises:
+            OSError: Reading failed. The file is kept, and this may be called again.
+        """
         moved = self._saved[: self._moved]
         size = sum(saved.weight.nbytes for saved in moved)
-        with progress_bar("Reading experts back", size) as bar:
-            for saved in moved:
-                saved.parameter.replace(_read(self._file, saved).to(saved.device))
-                bar.update(saved.weight.nbytes)
+        try:
+            with progress_bar("Reading experts back", size) as bar:
+                for saved in moved:
+                    saved.parameter.replace(_read(self._file, saved).to(saved.device))
+                    bar.update(saved.weight.nbytes)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; the experts are still in this file: close the handle again",
+                str(self.path),
+            ) from error
         self._discard()
 
     def _write(self, header: bytes, layers: int) -> None:
@@ -119,7 +131,7 @@ def _read(file: BinaryIO, saved: _Saved) -> Tensor:
     while view:
         count = os.preadv(file.fileno(), [view], begin)
         if count == 0:
-            raise OSError(f"the file of the experts ends early: {file.name}")
+            raise OSError(errno.EIO, "the file of the experts ends early")
         view, begin = view[count:], begin + count
     return weight
 

@@ -55,6 +55,7 @@ class Offloaded:
         self._threads, self._skip_padding = threads, skip_padding
         self._map_ready: threading.Semaphore | None = None
         self._engine: Engine | None = None
+        self._closed = False
         self._home = model_device(model)
         self._start(memory)
         assert self._engine is not None
@@ -179,18 +180,26 @@ class Offloaded:
 
         After `sida.offload` the model has its own experts again, with equal weights; after
         `sida.from_pretrained` everything is freed, and later calls raise.
+
+        Raises:
+            OSError: The experts could not be read back. Calls of the model raise until closing
+                again has succeeded.
         """
         if self._engine is not None:
             self._engine.scheduler.stop()  # not in turn: a source may be waiting for it
         with self._passes.turn():
-            if self._engine is None:
+            if self._closed:
                 return
-            self._stop()
-            self._passes.engine = None
-            self._passes.remove()
+            if self._engine is not None:
+                self._stop()
+                self._passes.engine = None
+                self._passes.awaits_experts = True
             if self._map_ready is not None:
                 self._map_ready.release()
             self._source.release()
+            self._closed = True
+            self._passes.awaits_experts = False
+            self._passes.remove()
             if not self._source.restores:
                 self._model = None
                 self._passes.forget()

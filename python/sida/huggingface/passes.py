@@ -103,6 +103,7 @@ class Passes:
     Attributes:
         turn: Had during a pass.
         engine: None when closed.
+        awaits_experts: Closed, but the model does not have its own experts yet.
         ahead_key: Key of the pass that was begun for the batch about to come, if one was.
         count: Passes since `reset`.
         tokens: Tokens in them, padding left out.
@@ -111,6 +112,7 @@ class Passes:
     def __init__(self, adapter: ExpertAdapter, tables: Tables | None, engine: Engine) -> None:
         self.turn = Turn()
         self.engine: Engine | None = engine
+        self.awaits_experts = False
         self.ahead_key: int | None = None
         self._adapter, self._tables = adapter, tables
         self._number = operators.register(self)
@@ -181,6 +183,11 @@ class Passes:
             with self.turn():
                 engine = self.engine
                 if engine is None:
+                    if self.awaits_experts:
+                        raise RuntimeError(
+                            "closing could not give this model its experts back: close the "
+                            "handle again"
+                        )
                     return forward(*args, **kwargs)
                 self._enter(engine, stack, arguments)
                 try:
