@@ -38,6 +38,13 @@ Store open_store(const std::filesystem::path& path,
           experts.layer_names, experts.layout, experts.stored_bytes()};
 }
 
+std::vector<std::string> tensors_of_checkpoint(const std::filesystem::path& path) {
+  const auto checkpoint = Checkpoint::open(path);
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : checkpoint->tensors()) names.push_back(name);
+  return names;
+}
+
 // The arrays of the experts, kept as long as the store.
 using Arrays = std::vector<Array>;
 
@@ -200,6 +207,9 @@ void bind_store(py::module_& module) {
             return slab;
           },
           py::arg("layer"), py::arg("expert"), "The expert's slab, uint8 [slab_bytes].");
+  module.def("checkpoint_tensors", &tensors_of_checkpoint, py::arg("path"),
+             py::call_guard<Unlocked>(),
+             "The names of a checkpoint's tensors, once every header is found to be right.");
   bind_pinned_layers(module);
 }
 

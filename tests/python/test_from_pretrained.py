@@ -191,6 +191,62 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert unpatched()
 
 
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _nested_header(folder: Path) -> None:
+    header = b'{"a":' + b"[" * 1000 + b"]" * 1000 + b"}"
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def _nested_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
+
+
+def _overlap(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    next(v for k, v in header.items() if "expert_3" in k)["data_offsets"] = [0, 4 * 48 * 32]
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + content[end:]
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def _shard_elsewhere(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    index = {"weight_map": dict.fromkeys(load_file(file), "../model-1.safetensors")}
+    file.rename(folder.parent / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"x": torch.zeros(1)}, folder / "model-2.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, r"model\.safetensors: .*may be truncated"),
+        (_nested_header, r"model\.safetensors.*nested more than"),
+        (_nested_config, r"config\.json.*nested more than"),
+        (_overlap, r"model\.safetensors: .*expert_3.*overlap"),
+        (_shard_elsewhere, r"index\.json: .*own folder, got '\.\./model-1\.safetensors'"),
+    ],
+)
+def test_a_damaged_file_is_named_before_transformers_reads_it(
+    checkpoint: Path, damage: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(checkpoint)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", fail)
+    with pytest.raises(OSError, match=message):
+        sida.from_pretrained(checkpoint, memory=0.2)
+
+
 def test_a_pickled_checkpoint_is_told_how_to_be_converted(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     torch.save(load_file(file), checkpoint / "pytorch_model.bin")

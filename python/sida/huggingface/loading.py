@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import huggingface_hub
 import torch
 import transformers
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from sida._core import ExpertStore
+from sida._core import ExpertStore, checkpoint_tensors
 from sida.huggingface import checks
 from sida.huggingface.adapter import ExpertAdapter, find_adapter
 from sida.huggingface.building import EXPERT_KEYS, without_experts
@@ -114,6 +113,7 @@ def from_pretrained(
             raise ValueError(f"from_pretrained does not take {name}=: {reason}")
     folder = _find_folder(path)
     _check_folder(folder)
+    names = checkpoint_tensors(folder)  # says what is wrong with which file, before others read it
     config = hf_kwargs.get("config") or transformers.AutoConfig.from_pretrained(folder)
     model = _load_without_experts(
         folder, model_class or _class_of(config), config, dtype, hf_kwargs
@@ -126,7 +126,7 @@ def from_pretrained(
         )
     store = ExpertStore.open(
         folder,
-        layers=_layers_in(folder, adapter),
+        layers=_layers_in(folder, names, adapter),
         dtype=kind,
         config=adapter.config(kind),
         interleaved=adapter.interleaved,
@@ -181,17 +181,13 @@ def _find_folder(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _layers_in(folder: Path, adapter: ExpertAdapter) -> list[str]:
-    """Return what the checkpoint calls the model's MoE layers.
+def _layers_in(folder: Path, tensors: list[str], adapter: ExpertAdapter) -> list[str]:
+    """Return what the checkpoint of these tensors calls the model's MoE layers.
 
     Families rename modules from checkpoint to model, but not the numbers in their names.
     """
-    found: dict[str, None] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if layer := LAYER_OF_EXPERT.match(name):
-                    found[layer[1]] = None
+    experts = (LAYER_OF_EXPERT.match(name) for name in tensors)
+    found = dict.fromkeys(layer[1] for layer in experts if layer)
     by_numbers: dict[tuple[str, ...], list[str]] = {}
     for name in found:
         by_numbers.setdefault(_numbers(name), []).append(name)
