@@ -61,9 +61,18 @@ std::optional<std::size_t> host_bytes_of(const py::handle& host_memory, const St
   return static_cast<std::size_t>(experts) * slab;
 }
 
+// Calls a Python function from a thread that has let go of Python's lock.
+FillReport report_to(const py::object& function) {
+  if (function.is_none()) return {};
+  return [&function](std::size_t done, std::size_t total) {
+    const Locked locked;
+    function(done, total);
+  };
+}
+
 std::shared_ptr<AnyCache> make_cache(const Store& store, const py::object& memory,
                                      const std::string& policy, const std::string& device,
-                                     const py::object& host_memory) {
+                                     const py::object& host_memory, const py::object& report) {
   const Budget budget = budget_of(memory);
   if (device == "cpu") {
     SIDA_EXPECTS(host_memory.is_none(),
@@ -75,8 +84,9 @@ std::shared_ptr<AnyCache> make_cache(const Store& store, const py::object& memor
                "device: expected \"cpu\", \"cuda\" or \"cuda:1\", got \"" + device + "\"");
   const CudaPart& cuda = cuda_part();
   const std::optional<std::size_t> host_bytes = host_bytes_of(host_memory, store);
+  const FillReport told = report_to(report);
   const Unlocked unlocked;
-  return cuda.make_cache(store, budget, policy, device, host_bytes);
+  return cuda.make_cache(store, budget, policy, device, host_bytes, told);
 }
 
 }  // namespace
@@ -91,11 +101,12 @@ void bind_cache(py::module_& module) {
       "budget for all experts the arrays are used in place.")
       .def(py::init(&make_cache), py::arg("store"), py::arg("memory"), py::kw_only(),
            py::arg("policy") = "auto", py::arg("device") = "cpu",
-           py::arg("host_memory") = py::none(),
+           py::arg("host_memory") = py::none(), py::arg("report") = py::none(),
            "Allocates the arena.\n\n"
            "device: \"cpu\", \"cuda\" or \"cuda:1\". For a GPU experts are read into pinned memory "
            "first, host_memory of it (as memory; by default nine tenths of the RAM); those beyond "
-           "are read from the store each time.\n\n"
+           "are read from the store each time; report(bytes read so far, bytes in all) is called "
+           "meanwhile, by the caller's thread.\n\n"
            "Raises:\n    ValueError: A budget that buys no expert, or an unknown policy or "
            "device.\n"
            "    MemoryError: The budget is larger than the memory that is available.\n"

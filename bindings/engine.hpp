@@ -15,6 +15,7 @@
 #include "sida/cache/budget.hpp"
 #include "sida/cache/cache_stats.hpp"
 #include "sida/cache/expert_store.hpp"
+#include "sida/cache/fill_slabs.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/slab_layout.hpp"
@@ -119,10 +120,12 @@ class AnyPinnedLayers {
 /// What sida._core reaches sida._cuda through.
 struct CudaPart {
   /// A cache on a GPU, of experts in at most `host_bytes` of pinned memory (by default nine tenths
-  /// of the RAM). @throws as make_cpu_cache, CudaError.
+  /// of the RAM), whose filling is reported. @throws as make_cpu_cache, CudaError, what `report`
+  /// throws.
   std::shared_ptr<AnyCache> (*make_cache)(const Store& store, const Budget& budget,
                                           const std::string& policy, const std::string& device,
-                                          std::optional<std::size_t> host_bytes);
+                                          std::optional<std::size_t> host_bytes,
+                                          const FillReport& report);
   /// Pinned memory for experts that are taken layer by layer. @throws CudaError.
   std::shared_ptr<AnyPinnedLayers> (*pin_layers)(const MoeConfig& config,
                                                  const std::string& device);

@@ -14,8 +14,9 @@ namespace {
 
 /// A pinned store and the backend that it is pinned for.
 struct Pinned {
-  Pinned(const CudaBackend& device, std::shared_ptr<ExpertStore> source, std::size_t host_bytes)
-      : backend(device), store(backend, std::move(source), host_bytes) {}
+  Pinned(const CudaBackend& device, std::shared_ptr<ExpertStore> source, std::size_t host_bytes,
+         const FillReport& report)
+      : backend(device), store(backend, std::move(source), host_bytes, report) {}
 
   CudaBackend backend;
   PinnedStore store;
@@ -50,20 +51,22 @@ std::shared_ptr<AnyPinnedLayers> pin_layers(const MoeConfig& config, const std::
 // The experts where a GPU copies from: in pinned memory, unless they lie there already.
 std::shared_ptr<ExpertStore> pinned(const CudaBackend& backend,
                                     const std::shared_ptr<ExpertStore>& source,
-                                    std::optional<std::size_t> host_bytes) {
+                                    std::optional<std::size_t> host_bytes,
+                                    const FillReport& report) {
   if (std::dynamic_pointer_cast<PinnedLayers>(source)) return source;
   const auto made = std::make_shared<Pinned>(
-      backend, source, host_bytes.value_or(CpuBackend().available_bytes() / 10 * 9));
+      backend, source, host_bytes.value_or(CpuBackend().available_bytes() / 10 * 9), report);
   return {made, &made->store};
 }
 
 std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
                                      const std::string& policy, const std::string& device,
-                                     std::optional<std::size_t> host_bytes) {
+                                     std::optional<std::size_t> host_bytes,
+                                     const FillReport& report) {
   const CudaBackend backend(CudaBackend::device_index(device));
   return with_policy(policy, [&]<EvictionPolicy Policy>(Type<Policy>) -> std::shared_ptr<AnyCache> {
     return std::make_shared<Cache<CudaBackend, Policy>>(
-        backend, store, pinned(backend, store.store, host_bytes), budget);
+        backend, store, pinned(backend, store.store, host_bytes, report), budget);
   });
 }
 

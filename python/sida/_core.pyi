@@ -205,6 +205,7 @@ class ExpertCache:
         policy: str = "auto",
         device: str = "cpu",
         host_memory: int | float | str | None = None,
+        report: Callable[[int, int], object] | None = None,
     ) -> None: ...
     @property
     def slots(self) -> int: ...

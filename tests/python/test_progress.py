@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,7 +17,7 @@ from switch_models import make_encoder
 from transformers.utils import logging
 
 import sida
-from sida.huggingface import progress
+from sida.huggingface import engine, progress
 
 BARS = ("Moving experts to a file", "Saving weights", "Reading experts back")
 
@@ -56,6 +57,37 @@ def test_long_work_shows_how_far_it_is(
     assert (
         threading.active_count() <= threads + 1
     )  # transformers' own bars have a thread, ours none
+
+
+class FakeCache:
+    """Fills pinned memory as a cache of a GPU does, and counts what it is asked for."""
+
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, store: Any, memory: Any, **options: Any) -> None:
+        self.calls.append(options)
+        if report := options.get("report"):
+            for expert in range(1, 5):
+                report(expert << 20, 4 << 20)
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_filling_pinned_memory_for_a_gpu_shows_how_far_it_is(
+    delay: float, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "DELAY", delay)
+    monkeypatch.setattr(engine, "ExpertCache", FakeCache)
+    monkeypatch.setattr(FakeCache, "calls", [])
+    store: Any = object()
+    engine.Place("cuda:1", "2GiB").cache(store, 0.5, "lru")
+    shown = capfd.readouterr().err
+    assert ("Pinning experts: 100%" in shown and "4.00M/4.00M" in shown) == (delay == 0)
+    assert (shown == "") == (delay > 0)
+    engine.Place("cpu").cache(store, 0.5, "lru")
+    assert capfd.readouterr().err == ""
+    gpu, cpu = FakeCache.calls
+    assert gpu["device"] == "cuda:1" and gpu["host_memory"] == "2GiB"
+    assert cpu == {"policy": "lru"}
 
 
 def test_transformers_switch_turns_bars_off(

@@ -2,20 +2,16 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <mutex>
 #include <span>
-#include <thread>
 #include <utility>
-#include <vector>
 
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/cache/expert_store.hpp"
+#include "sida/cache/fill_slabs.hpp"
 #include "sida/cache/slab_parts.hpp"
 
 namespace sida {
@@ -24,14 +20,14 @@ namespace sida {
 /// as far as `host_bytes` reach; those beyond are read from `source` each time.
 class PinnedStore : public ExpertStore {
  public:
-  /// Fills the pinned memory from `source` with `threads` threads. The backend must outlive it.
-  /// @throws OutOfMemory, what the source throws.
+  /// Fills the pinned memory from `source` with `threads` threads; see fill_slabs for `report`. The
+  /// backend must outlive it. @throws OutOfMemory, what the source or `report` throws.
   PinnedStore(CudaBackend& backend, std::shared_ptr<ExpertStore> source, std::size_t host_bytes,
-              int threads = 4)
+              const FillReport& report = {}, int threads = 4)
       : source_(std::move(source)),
         pinned_(std::min(host_bytes / source_->slab_bytes(), total())),
         slabs_(backend, pinned_ * source_->slab_bytes(), threads) {
-    fill(threads);
+    fill_slabs(*source_, {slabs_.data(), slabs_.size()}, threads, report);
   }
 
   std::int32_t layers() const noexcept override { return source_->layers(); }
@@ -59,32 +55,6 @@ class PinnedStore : public ExpertStore {
   std::size_t total() const noexcept {
     return static_cast<std::size_t>(source_->layers()) *
            static_cast<std::size_t>(source_->experts());
-  }
-
-  void fill(int threads) {
-    std::atomic<std::size_t> next = 0;
-    std::mutex mutex;
-    std::exception_ptr error;
-    const auto work = [&] {
-      const auto experts = static_cast<std::size_t>(source_->experts());
-      for (std::size_t i = next++; i < pinned_; i = next++) {
-        try {
-          source_->read(
-              {static_cast<std::int32_t>(i / experts), static_cast<std::int32_t>(i % experts)}, 0,
-              {slabs_.data() + i * slab_bytes(), slab_bytes()});
-        } catch (...) {
-          const std::lock_guard lock(mutex);
-          error = std::current_exception();
-          next = pinned_;
-        }
-      }
-    };
-    {
-      std::vector<std::jthread> others;
-      for (int lane = 1; lane < threads; ++lane) others.emplace_back(work);
-      work();
-    }
-    if (error) std::rethrow_exception(error);
   }
 
   std::shared_ptr<ExpertStore> source_;

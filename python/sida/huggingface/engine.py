@@ -16,6 +16,7 @@ from sida.huggingface.adapter import ExpertAdapter
 from sida.huggingface.expert_file import ExpertFile
 from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.pinned_experts import PinnedExperts
+from sida.huggingface.progress import reporting
 from sida.layer import detached
 from sida.torch.experts_module import CLOSED
 
@@ -67,9 +68,17 @@ class Place:
 
     def cache(self, store: ExpertStore, memory: Memory, policy: str) -> ExpertCache:
         """Return a cache of a store's experts there."""
-        return ExpertCache(
-            store, memory, policy=policy, device=self.device, host_memory=self.host_memory
-        )
+        if self.device == "cpu":
+            return ExpertCache(store, memory, policy=policy)
+        with reporting("Pinning experts") as report:
+            return ExpertCache(
+                store,
+                memory,
+                policy=policy,
+                device=self.device,
+                host_memory=self.host_memory,
+                report=report,
+            )
 
 
 class ModelExperts:

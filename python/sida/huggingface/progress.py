@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from transformers.utils import logging
 
@@ -16,12 +19,12 @@ class ProgressBar(tqdm):  # type: ignore[misc,unused-ignore]
     monitor_interval = 0
 
 
-def progress_bar(what: str, size: int) -> ProgressBar:
+def progress_bar(what: str, size: int | None) -> ProgressBar:
     """Return a bar for `size` bytes; transformers' switch for its own bars turns it off too.
 
     Args:
         what: What is being done, in a few words.
-        size: Bytes in all.
+        size: Bytes in all; None where they are not known yet.
     """
     return ProgressBar(
         desc=what,
@@ -33,3 +36,19 @@ def progress_bar(what: str, size: int) -> ProgressBar:
         delay=DELAY,
         disable=not logging.is_progress_bar_enabled(),
     )
+
+
+@contextmanager
+def reporting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that shows how far something is: (bytes done, bytes in all).
+
+    Args:
+        what: What is being done, in a few words.
+    """
+    with progress_bar(what, None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
