@@ -324,17 +324,16 @@ class OffloadScheduler {
     mask_.assign(mask.begin(), mask.end());
     table_ = std::move(table);
     pass_began_ = Trace::now();
-    transfers_.queue().look_ahead().forget();
     in_pass_ = true;
     ++transfers_.queue().stats().passes;
     transfers_.queue().stats().tables += table_.has_value();
   }
   void end_locked() {
+    transfers_.queue().look_ahead().forget();
     if (!std::exchange(in_pass_, false)) return;
     trace_.add({TraceKind::pass, {-1, -1}, pass_began_, Trace::now(), 0, 0});
     table_.reset();
     mask_.clear();
-    transfers_.queue().look_ahead().forget();
     steps_.end();
     cache_.changed().notify_all();
   }

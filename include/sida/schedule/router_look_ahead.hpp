@@ -33,8 +33,8 @@ struct LayerStep {
 /// hand, since hidden states change little from layer to layer.
 ///
 /// A guess is as probable as guesses of its layer and rank were right so far, so that where the
-/// hidden states do change, little is brought in vain. It may take the slot of any expert that is
-/// used later than the next layer. Guarded by the cache's mutex.
+/// hidden states do change, little is brought in vain. It may take the slot of an expert whose next
+/// use is to be expected later than its own. Guarded by the cache's mutex.
 template <class Cache>
 class RouterLookAhead {
  public:
@@ -110,7 +110,10 @@ class RouterLookAhead {
   std::optional<typename Cache::Loading> reserve_next() {
     for (const PlannedUse& use : uses_) {
       if (cache_.residency_locked(use.id) != Cache::Residency::absent) continue;
-      return cache_.reserve_locked(use.id, [&](ExpertId victim) { return is_later(victim, use); });
+      const double expected = cache_.forecast().expected_use(use.id);
+      return cache_.reserve_locked(use.id, [&](ExpertId victim) {
+        return cache_.forecast().expected_use(victim) > expected;
+      });
     }
     return std::nullopt;
   }
@@ -137,13 +140,6 @@ class RouterLookAhead {
     const auto place = static_cast<std::size_t>(rank);
     if (place >= ranks.size()) ranks.resize(place + 1);
     return ranks[place];
-  }
-  bool is_later(ExpertId victim, const PlannedUse& use) const {
-    const UseForecast& forecast = cache_.forecast();
-    if (forecast.expected_use(victim) <= static_cast<double>(use.step)) return false;
-    // Or two guesses for one layer would make way for one another.
-    const auto planned = forecast.next_use(victim, threshold_);
-    return !planned || *planned > use.step;
   }
 
   Cache& cache_;
