@@ -19,22 +19,29 @@ namespace py = pybind11;
 
 namespace {
 
+std::size_t natural(const char* name, std::int64_t value) {
+  SIDA_EXPECTS(value >= 0,
+               std::string(name) + ": expected 0 or more, got " + std::to_string(value));
+  return static_cast<std::size_t>(value);
+}
+
 py::dict replay_of(const HashTable& routing, const HashTable* foretold, std::int32_t experts,
-                   std::size_t expert_bytes, const py::object& memory, const std::string& policy,
-                   std::size_t ahead, std::optional<double> bytes_per_second,
+                   std::int64_t expert_bytes, const py::object& memory, const std::string& policy,
+                   std::int64_t ahead, std::optional<double> bytes_per_second,
                    double latency_seconds, double layer_seconds, double expert_seconds,
-                   int transfer_threads, std::size_t chunk_bytes, std::int64_t uses_ahead,
+                   int transfer_threads, std::int64_t chunk_bytes, std::int64_t uses_ahead,
                    double threshold) {
   ReplayOptions options;
   options.experts = experts;
-  options.slab_bytes = expert_bytes;
+  options.slab_bytes = natural("expert_bytes", expert_bytes);
   options.memory = budget_of(memory);
-  options.ahead = ahead;
+  options.ahead = natural("ahead", ahead);
   if (bytes_per_second) options.bytes_per_second = *bytes_per_second;
   options.latency_seconds = latency_seconds;
   options.layer_seconds = layer_seconds;
   options.expert_seconds = expert_seconds;
-  options.transfers = {transfer_threads, chunk_bytes, uses_ahead, threshold};
+  options.transfers = {transfer_threads, natural("chunk_bytes", chunk_bytes), uses_ahead,
+                       threshold};
   ReplayResult result;
   std::int64_t fewest = 0;
   {
@@ -46,7 +53,7 @@ py::dict replay_of(const HashTable& routing, const HashTable* foretold, std::int
   dict["slots"] = result.slots;
   dict["seconds"] = result.seconds;
   dict["belady_loads"] = fewest;
-  dict["belady_bytes"] = fewest * static_cast<std::int64_t>(expert_bytes);
+  dict["belady_bytes"] = fewest * expert_bytes;
   return dict;
 }
 

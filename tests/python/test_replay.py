@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,9 +175,35 @@ def test_nothing_is_cut_off_on_a_terminal_of_80_columns(monkeypatch: pytest.Monk
     assert "; policy auto; GB/s 2" in run(TRACE, "--bandwidth", "2GB/s")
 
 
+def test_what_is_said_twice_is_replayed_once() -> None:
+    options = ("--memory", "20%,20%", "--policy", "lru, lru", "--ahead", "0,0", "--json")
+    assert len(json.loads(run(TRACE, *options))["rows"]) == 1
+
+
+def test_what_cannot_be_is_said_before_anything_is_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replayed, real = [], sida.replay
+
+    def replay(routing: sida.HashTable, *args: Any, **options: Any) -> Any:
+        replayed.append(len(routing))
+        return real(routing, *args, **options)
+
+    monkeypatch.setattr(sida, "replay", replay)
+    error_of(TRACE, "--memory", "20%,many")
+    error_of(TRACE, "--policy", "lru,best")
+    assert max(replayed) == 1
+
+
 def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     assert "--bandwidth: expected a rate like" in error_of(TRACE, "--bandwidth", "fast")
-    assert "--ahead: expected numbers" in error_of(TRACE, "--ahead", "1,x")
+    for wrong in ("1,x", "-1", "1.5", "", "0,"):
+        assert "--ahead: expected whole numbers" in error_of(TRACE, "--ahead", wrong)
+    assert "expert_bytes: expected 0 or more" in error_of(TRACE, "--expert-bytes", "-5")
+    assert "times that are not negative" in error_of(TRACE, "--latency", "-1")
+    assert "folder of the picture" in error_of(TRACE, "--plot", tmp_path / "none" / "x.png")
+    assert "expected a picture" in error_of(TRACE, "--plot", tmp_path / "x.txt")
+    assert 'got "many"' in error_of(TRACE, "--memory", "20%,many")
     assert "policy: expected fifo" in error_of(TRACE, "--policy", "belady")
     assert "smallest" in error_of(TRACE, "--memory", "0 experts")
     other = TRACE.with_name("wordnet-probe-32.safetensors")

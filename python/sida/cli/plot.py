@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -34,6 +36,20 @@ LABELS = {
 ROWS = {"pass": "batches", "compute": "MoE layers", "stall": "MoE layers"}
 ROWS["hash building"] = "hash building"
 PARTS = {"hits": "#2a6f4e", "late": "#e9b44c", "misses": "#c8102e"}
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture could be written there.
+
+    Raises:
+        ValueError: Of an unknown format.
+        FileNotFoundError: Its folder is missing.
+    """
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"{path}: expected a picture, one of {', '.join(sorted(formats))}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder of the picture is missing", str(path))
 
 
 def plot_runs(runs: Sequence[Run], path: Path) -> None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich import box
@@ -20,6 +20,8 @@ from sida.cli.output import Json, milliseconds, percent, print_json, progress, r
 from sida.stats import hit_rate, size
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+T = TypeVar("T")
+
 BANDWIDTH = re.compile(r"\s*([0-9.]+)\s*([kmg]i?|)b\s*/\s*s\s*", re.IGNORECASE)
 
 
@@ -91,20 +93,22 @@ def replay(
     bytes. Computation is taken to last as long as in the recorded run. **least** is what Belady's
     rule would move, which knows the whole trace; **stall** is of a batch.
     """
+    if plot is not None:
+        from sida.cli.plot import check_picture, plot_replays  # matplotlib
+
+        check_picture(plot)  # before the replays, which may take a while
     recording = load_recording(trace, expert_bytes=expert_bytes)
     tables = None if foretold is None else sida.HashTable.load(foretold)
     rows = replay_all(
         recording,
         tables,
-        memory=_list(memory, str, "--memory"),
-        policy=_list(policy, str, "--policy"),
-        ahead=_list(ahead, int, "--ahead"),
-        bandwidth=[None] if bandwidth is None else [_rate(r) for r in bandwidth.split(",")],
+        memory=_list(memory, str),
+        policy=_list(policy, str),
+        ahead=_list(ahead, _tables_ahead),
+        bandwidth=[None] if bandwidth is None else _list(bandwidth, _rate),
         latency=latency,
     )
     if plot is not None:
-        from sida.cli.plot import plot_replays  # matplotlib
-
         plot_replays(rows, plot)
     if as_json:
         print_json({"trace": str(trace), "batches": len(recording.routing), "rows": rows})
@@ -157,6 +161,16 @@ def replay_all(
         For each, what `sida.replay` returns and what was combined. `stall_seconds` is None without
         a bandwidth.
     """
+    experts, expert_bytes = recording.experts, recording.expert_bytes
+    if len(recording.routing) > 1:
+        for budget, name in itertools.product(memory, policy):  # what cannot be is said at once
+            sida.replay(
+                recording.routing.slice(0),
+                experts=experts,
+                expert_bytes=expert_bytes,
+                memory=budget,
+                policy=name,
+            )
     combinations = list(itertools.product(memory, policy, ahead, bandwidth))
     rows = []
     with progress() as bar:
@@ -164,8 +178,8 @@ def replay_all(
             found = sida.replay(
                 recording.routing,
                 foretold,
-                experts=recording.experts,
-                expert_bytes=recording.expert_bytes,
+                experts=experts,
+                expert_bytes=expert_bytes,
                 memory=budget,
                 policy=name,
                 ahead=tables,
@@ -191,11 +205,15 @@ def replay_all(
     return rows
 
 
-def _list(text: str, kind: type[Any], option: str) -> list[Any]:
-    try:
-        return [kind(item.strip()) for item in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option}: expected numbers with commas between, got {text!r}") from None
+def _list(text: str, read: Callable[[str], T]) -> list[T]:
+    """Return what stands between commas, each once."""
+    return list(dict.fromkeys(read(item.strip()) for item in text.split(",")))
+
+
+def _tables_ahead(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"--ahead: expected whole numbers from 0 on, got {text!r}")
+    return int(text)
 
 
 def _rate(text: str) -> float:
