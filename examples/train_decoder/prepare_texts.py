@@ -8,6 +8,7 @@ training needs, so a machine without a network can train on a copy of the folder
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ from shared import is_held_out, write_json
 from texts import KINDS, read_texts
 
 END, MASK = "[END]", "[MASK]"
+EXCERPTS, EXCERPT_TOKENS = 8, 160
+"""Of each kind's held-out text: what goes along with the model, for examples and measurements."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -55,6 +58,13 @@ def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> np.nd
     return np.array([i for row in rows for i in (end, *row)], dtype=np.uint16)
 
 
+def excerpts(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Some stretches of a row of ids, each from the beginning of a text."""
+    begins = np.flatnonzero(ids[:-EXCERPT_TOKENS] == tokenizer.eos_token_id)
+    chosen = begins[:: max(1, len(begins) // EXCERPTS)][:EXCERPTS]
+    return [str(tokenizer.decode(ids[i + 1 : i + EXCERPT_TOKENS].tolist())) for i in chosen]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.data.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(options.data)
-    sizes = {}
+    sizes, shown = {}, []
     for kind, (train, held_out) in parts.items():
         arrays = {"train": tokens_of(train, tokenizer), "held_out": tokens_of(held_out, tokenizer)}
         for part, ids in arrays.items():
@@ -97,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "held-out characters": sum(map(len, held_out)),
         }
         print(kind, sizes[kind])
+        shown += [{"kind": kind, "text": text} for text in excerpts(arrays["held_out"], tokenizer)]
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in shown]
+    (options.data / "excerpts.jsonl").write_text("".join(lines), encoding="utf-8")
     write_json(options.data / "sizes.json", sizes)
 
 

@@ -180,7 +180,7 @@ def train(options: argparse.Namespace) -> None:
         **provenance(device),
     }
     save_in_half(model, options.out)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "excerpts.jsonl"):
         shutil.copyfile(options.data / name, options.out / name)
     write_json(options.out / "metrics.json", metrics)
     print(metrics["held_out"])

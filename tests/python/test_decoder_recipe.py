@@ -21,6 +21,8 @@ pytest.importorskip("tokenizers")
 
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
+from sida.torch import load_predictor
+
 RECIPE = Path(__file__).parents[2] / "examples" / "train_decoder"
 SMALL = (
     "--batch-size 8 --window 16 --hidden-size 32 --intermediate-size 16 --layers 2 --heads 2 "
@@ -114,6 +116,19 @@ def test_texts_are_what_the_packages_hold(data: Path) -> None:
         assert parts[1] and not parts[0] & parts[1]
 
 
+def test_excerpts_begin_where_texts_do(data: Path) -> None:
+    prepare_texts = importlib.import_module("prepare_texts")
+    tokenizer = AutoTokenizer.from_pretrained(data)
+    texts = [f"Part {i}: a kind of bread" for i in range(400)]
+    found = prepare_texts.excerpts(prepare_texts.tokens_of(texts, tokenizer), tokenizer)
+    assert len(found) == len(set(found)) == prepare_texts.EXCERPTS
+    for excerpt in found:
+        first, *others = excerpt.split("[END]")
+        begin = texts.index(first)
+        assert [*others[:-1]] == texts[begin + 1 : begin + len(others)]
+        assert len(tokenizer(excerpt)["input_ids"]) >= prepare_texts.EXCERPT_TOKENS - 1
+
+
 def test_a_resumed_run_writes_the_same_model_as_an_unbroken_one(data: Path, trained: Path) -> None:
     out = data / "resumed"
     arguments = ("--data", data, "--out", out, "--steps", 120, *SMALL)
@@ -168,6 +183,27 @@ def test_grouped_experts_compute_what_transformers_does(trained: Path) -> None:
         after = model(input_ids=ids).logits
     assert torch.linalg.norm(grouped - expected) <= 1e-6 * torch.linalg.norm(expected)
     assert torch.equal(after, expected)
+
+
+def test_a_predictor_names_more_than_chance_without_seeing_what_follows(
+    data: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = ("--window", 16, "--windows", 2, "--batch-size", 4)
+    script = "train_routing_predictor"
+    run(script, trained, "--data", data, "--kind", "lstm", "--steps", 40, *windows)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((trained / "predictor.json").read_text())
+    for shares in figures["named"].values():
+        assert len(shares) == 2 and min(shares) > 1.2 * 2 / 8  # of 8 experts, 2 are used
+
+    module = importlib.import_module(script)
+    predictor = load_predictor(trained / "predictor.safetensors")
+    model = OlmoeForCausalLM.from_pretrained(trained).eval()
+    ids = torch.randint(2, 60, (6,), generator=torch.Generator().manual_seed(0))
+    whole = module.foretell(predictor, model.get_input_embeddings(), ids, 3)
+    part = module.foretell(predictor, model.get_input_embeddings(), ids[:4], 3)
+    assert torch.equal(whole.ids[:, :4], part.ids)
+    assert torch.allclose(whole.probs[:, :4], part.probs)
 
 
 def test_a_package_that_cannot_be_fetched_is_named(
