@@ -22,7 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BUDGETS = ROOT / "docs" / "choosing-a-budget"
 PLOTS = ROOT / "docs" / "performance"
 GPU = ROOT / "docs" / "performance-gpu.md"
-PAGES = (PLOTS.with_suffix(".md"), BUDGETS.with_suffix(".md"), GPU, ROOT / "README.md")
+FAMILIES = ROOT / "docs" / "families.md"
+PAGES = (PLOTS.with_suffix(".md"), BUDGETS.with_suffix(".md"), GPU, FAMILIES, ROOT / "README.md")
 GIB, MIB = 1 << 30, 1 << 20
 
 Results = Mapping[str, Any]

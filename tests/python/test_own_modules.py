@@ -87,6 +87,15 @@ def test_leaving_an_expert_out_would_be_seen(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
+def test_all_experts_stay_where_they_are_unless_gate_and_up_are_apart(
+    kind: Any, tmp_path: Path
+) -> None:
+    with sida.offload(make_own(kind), memory=1.0, offload_dir=tmp_path) as off:
+        assert off.stats()["in_place"] == (kind is not GatedMoe)
+        assert any(tmp_path.iterdir()) == (kind is GatedMoe)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_same_bits_at_every_budget_and_policy(kind: Any) -> None:
     model, ids = make_own(kind), make_ids()
     with sida.offload(model, memory=1.0) as off:
