@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import report_decoder
 import report_gpu
 from report_tables import limit, milliseconds, nothing, number, table, targets_table
 
@@ -23,7 +24,15 @@ BUDGETS = ROOT / "docs" / "choosing-a-budget"
 PLOTS = ROOT / "docs" / "performance"
 GPU = ROOT / "docs" / "performance-gpu.md"
 FAMILIES = ROOT / "docs" / "families.md"
-PAGES = (PLOTS.with_suffix(".md"), BUDGETS.with_suffix(".md"), GPU, FAMILIES, ROOT / "README.md")
+DECODER = ROOT / "docs" / "decoder-routing"
+PAGES = (
+    PLOTS.with_suffix(".md"),
+    BUDGETS.with_suffix(".md"),
+    DECODER.with_suffix(".md"),
+    GPU,
+    FAMILIES,
+    ROOT / "README.md",
+)
 GIB, MIB = 1 << 30, 1 << 20
 
 Results = Mapping[str, Any]
@@ -380,7 +389,7 @@ BLOCKS: Mapping[str, Callable[[Results], str]] = {
         policies_shown,
         auto_policy,
     )
-} | report_gpu.BLOCKS
+} | {**report_decoder.BLOCKS, **report_gpu.BLOCKS}
 
 
 def filled(text: str, results: Results) -> str:
@@ -464,6 +473,11 @@ def _draw(results: Results) -> None:
             {WAYS[way]: times["median"] for way, times in bars.items()},
             "stall of a batch, ms" if name == "stall" else "batch, ms",
         )
+    if "decoder_routing" in results:
+        DECODER.mkdir(exist_ok=True)
+        found = results["decoder_routing"]
+        with _figure(DECODER / "rates.svg", (1, len(found["tasks"])), (9.6, 4)) as panels:
+            report_decoder.draw_rates(panels[0], found)
     if "bytes_moved" in results:
         BUDGETS.mkdir(exist_ok=True)
         curves = results["bytes_moved"]["curves"]

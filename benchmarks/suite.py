@@ -24,6 +24,7 @@ BENCHMARKS = (
     "cache_lookup",
     "hash_building",
     "bytes_moved",
+    "decoder_routing",
     "stall",
 )
 TRIES = 2

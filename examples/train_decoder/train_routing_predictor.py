@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="folder that train_decoder.py wrote")
     parser.add_argument("--data", type=Path, default=TEXTS, help="from prepare_texts.py")
     parser.add_argument("--kind", default="token", help="token, lstm or transformer")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16, help="windows in a step")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--windows", type=int, default=20, help="of each kind, to measure on")

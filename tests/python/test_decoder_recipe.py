@@ -206,6 +206,30 @@ def test_a_predictor_names_more_than_chance_without_seeing_what_follows(
     assert torch.allclose(whole.probs[:, :4], part.probs)
 
 
+def test_the_committed_model_is_what_its_card_says() -> None:
+    model = RECIPE.parents[1] / "models" / "texts-olmoe-32"
+    card = (model / "README.md").read_text(encoding="utf-8")
+    metrics = json.loads((model / "metrics.json").read_text())
+    ngrams = json.loads((RECIPE / "ngrams.json").read_text())
+    held_out, longest = metrics["held_out"], ngrams["perplexity by order"]["5"]
+
+    for kind, perplexity in held_out["perplexity"].items():
+        assert f"| {kind} | {perplexity:.2f} | {longest[kind]:.2f} |" in card
+    over_all = held_out["perplexity over all"]
+    assert f"| over all | **{over_all:.2f}** | {longest['over all']:.2f} |" in card
+    for name in ("largest share of uses", "smallest share of uses"):
+        assert f"| {', '.join(f'{100 * share:.1f}' for share in held_out[name])} |" in card
+    assert f"{metrics['settings']['steps']:,} steps" in card and metrics["command"] in card
+    predictor = json.loads((model / "predictor.json").read_text())
+    for kind, shares in predictor["named"].items():
+        assert f"| {kind} | {', '.join(f'{100 * share:.0f}' for share in shares)} |" in card
+
+    assert over_all < ngrams["best perplexity over all"] == longest["over all"]
+    assert held_out["experts used"] == [32] * 6
+    assert max(held_out["largest share of uses"]) <= 0.15
+    assert sum(file.stat().st_size for file in model.iterdir()) <= 22e6
+
+
 def test_a_package_that_cannot_be_fetched_is_named(
     recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

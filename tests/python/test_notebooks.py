@@ -15,7 +15,11 @@ pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-PLOTS = {"policies": 2, "quickstart": 2}  # bytes and stalls; timeline and hit rates
+PLOTS = {
+    "decoder": 3,  # timeline, heat map, hit rates
+    "policies": 2,  # bytes and stalls
+    "quickstart": 2,  # timeline and hit rates
+}
 
 
 def test_there_is_a_notebook() -> None:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hit rates of a trained decoder: caches alone, look-ahead, a trained predictor, and bounds.
+
+The committed decoder takes one token a pass, as generation does: excerpts of held-out text
+("reading"), and what it writes itself after their first tokens ("writing"). Look-ahead runs; caches
+alone and tables are replayed from the routing of such a run. Tables stand one token ahead, which
+can be while reading alone: what is written is known when the token before is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache, OlmoeForCausalLM
+
+import sida
+from sida.cli.replay import Recording, load_recording
+from sida.torch import Predictor
+
+sys.path.append(str(harness.ROOT / "examples" / "train_decoder"))
+
+from train_routing_predictor import foretell
+
+MODEL = harness.ROOT / "models" / "texts-olmoe-32"
+SHARES = (10, 25, 50, 75)
+"""Percent of the experts that fit."""
+POLICIES = ("fifo", "lru", "lfu", "auto")
+TOKENS, PROMPT = 48, 12
+"""Of each excerpt, and of its beginning after which the model writes itself."""
+TEMPERATURE = 0.8
+LINK, LAYER_SECONDS = 1e9, 1e-3
+"""Of replays with tables, since over an infinite link every expert would arrive at once."""
+CANDIDATES = 8
+"""Experts that a predictor names for a token."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the decoder does: excerpts [N, at most `TOKENS`], of which `given` tokens are read."""
+
+    name: str
+    rows: list[Tensor]
+    given: int
+
+    def run(self, model: Any) -> list[list[int]]:
+        """Go through all excerpts, one token a pass; return the tokens that went in."""
+        return [list(self._decode(model, row)) for row in self.rows]
+
+    def _decode(self, model: Any, row: Tensor) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(0)
+        cache = DynamicCache(config=model.config)
+        token = int(row[0])
+        for place in range(TOKENS):
+            yield token
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits
+            if place + 1 < self.given:
+                token = int(row[place + 1])
+            else:
+                odds = (logits[0, -1].float() / TEMPERATURE).softmax(-1)
+                token = int(torch.multinomial(odds, 1, generator=draw))
+
+
+def load_tasks() -> list[Task]:
+    """Reading and writing, on the same excerpts."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    lines = (MODEL / "excerpts.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [tokenizer.eos_token + json.loads(line)["text"] for line in lines]
+    rows = [torch.tensor(tokenizer(text)["input_ids"][:TOKENS]) for text in texts]
+    return [Task("reading", rows, TOKENS), Task("writing", rows, PROMPT)]
+
+
+def shares(counts: Mapping[str, Any]) -> dict[str, float]:
+    """Hits and late uses in parts of all, and experts moved a pass."""
+    uses = counts["uses"]
+    return {
+        "hits": round(counts["hits"] / uses, 4),
+        "late": round(counts["late"] / uses, 4),
+        "loads": round(counts["loads"] / counts["passes"], 2),
+    }
+
+
+def offload_and_run(
+    model: Any, task: Task, share: int, predictor: Any
+) -> tuple[Mapping[str, Any], Recording, list[list[int]]]:
+    """Statistics, routing and tokens of a run."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sida.offload(model, memory=share / 100, predictor=predictor) as off,
+    ):
+        tokens = task.run(off.model)
+        path = Path(folder) / "routing.safetensors"
+        off.record(path)
+        return off.stats(), load_recording(path), tokens
+
+
+def tables_of(
+    predictor: Predictor, model: Any, tokens: list[list[int]], routing: sida.HashTable
+) -> sida.HashTable:
+    """What a predictor foretells of each pass of a run, from the tokens before and at it.
+
+    Its probabilities are of one expert, and add up to 1; a token uses several.
+    """
+    named = [
+        foretell(predictor, model.get_input_embeddings(), torch.tensor(row), CANDIDATES)
+        for row in tokens
+    ]
+    ids, probs, scale = (torch.cat(parts, 1).numpy() for parts in zip(*named, strict=True))
+    return sida.HashTable(
+        layers=routing.layers,
+        candidates=CANDIDATES,
+        keys=routing.keys,
+        offsets=routing.offsets,
+        ids=ids.astype(np.int32),
+        probs=np.minimum(1, probs * routing.candidates),
+        scale=scale,
+    )
+
+
+def replay(
+    recording: Recording, share: int, policy: str, foretold: sida.HashTable | None
+) -> dict[str, Any]:
+    """What `sida.replay` says of a cache alone, or with tables one token ahead; with `loads`."""
+    found = sida.replay(
+        recording.routing,
+        foretold,
+        experts=recording.experts,
+        expert_bytes=recording.expert_bytes,
+        memory=share / 100,
+        policy=policy,
+        ahead=0 if foretold is None else 1,
+        bytes_per_second=None if foretold is None else LINK,
+        layer_seconds=LAYER_SECONDS,
+    )
+    found["loads"] = found["bytes_moved"] / recording.expert_bytes
+    return found
+
+
+def alone(recording: Recording, share: int) -> dict[str, dict[str, float]]:
+    """Caches alone, by policy, and the least that any of them must load."""
+    found = {policy: replay(recording, share, policy, None) for policy in POLICIES}
+    uses, passes = found["auto"]["uses"], found["auto"]["passes"]
+    least = found["auto"]["belady_bytes"] / recording.expert_bytes
+    belady = {"uses": uses, "passes": passes, "hits": uses - least, "late": 0, "loads": least}
+    return {name: shares(counts) for name, counts in {**found, "belady": belady}.items()}
+
+
+def named_beforehand(
+    routing: sida.HashTable, foretold: sida.HashTable, stats: Mapping[str, Any]
+) -> dict[str, list[float | None]]:
+    """For each layer, which part of a token's experts is named beforehand, and by what.
+
+    Each names as many experts as a token uses.
+    """
+    ids, named = np.asarray(routing.ids), np.asarray(foretold.ids)
+
+    def part(used: NDArray[np.int32], guesses: NDArray[np.int32]) -> list[float | None]:
+        known = (used[..., None] == guesses[:, :, None, :]).any(-1)
+        return [round(float(share), 4) for share in known.mean((1, 2))]
+
+    return {
+        "token before": part(ids[:, 1:], ids[:, :-1]),
+        "look-ahead": [layer["look_ahead"]["hit_rate"] for layer in stats["layers"]],
+        "predictor": part(ids, named[..., : ids.shape[-1]]),
+    }
+
+
+def measure() -> dict[str, Any]:
+    """Return hit rates of every task, budget and way."""
+    torch.set_num_threads(1)  # products as small as these are faster so
+    model = OlmoeForCausalLM.from_pretrained(MODEL).eval()
+    predictor = sida.load_predictor(MODEL / "predictor.safetensors")
+    found: dict[str, Any] = {}
+    for task in load_tasks():
+        _, recording, expected = offload_and_run(model, task, SHARES[-1], False)
+        foretold = tables_of(predictor, model, expected, recording.routing)
+        ahead = {"predictor": foretold, "recorded": recording.routing}
+        rates: dict[str, Any] = {}
+        for share in SHARES:
+            stats, _, tokens = offload_and_run(model, task, share, None)
+            if tokens != expected:
+                raise AssertionError(f"{task.name}: other tokens at {share} % of the experts")
+            rates[str(share)] = {**alone(recording, share), "look-ahead": shares(stats)}
+            for name, tables in ahead.items() if task.given == TOKENS else ():
+                rates[str(share)][name] = shares(replay(recording, share, "auto", tables))
+            print(task.name, share, rates[str(share)], flush=True)
+        layers = named_beforehand(recording.routing, foretold, stats)
+        found[task.name] = {"rates": rates, "layers": layers}
+    return {
+        "model": MODEL.name,
+        "experts": recording.experts * recording.routing.layers,
+        "excerpts": len(load_tasks()[0].rows),
+        "tokens": TOKENS,
+        "prompt": PROMPT,
+        "temperature": TEMPERATURE,
+        "tasks": found,
+    }
+
+
+def main() -> None:
+    """Run the command line."""
+    options = harness.arguments(__doc__).parse_args()
+    harness.run("decoder_routing", options, measure, timed=False)
+
+
+if __name__ == "__main__":
+    main()
