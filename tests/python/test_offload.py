@@ -385,6 +385,16 @@ def test_a_model_that_accelerate_dispatched_is_refused() -> None:
         sida.offload(mapped, memory=0.5)
 
 
+def test_a_model_with_kernels_of_the_hub_is_refused(tmp_path: Path) -> None:
+    model = make_encoder()
+    model._use_kernels = True
+    with pytest.raises(ValueError, match=r"use_kernels=True.*replace a MoE layer.*load it without"):
+        sida.offload(model, memory=0.5)
+    for name, value in (("use_kernels", True), ("kernel_config", object())):
+        with pytest.raises(ValueError, match=f"does not take {name}=: kernels of the hub"):
+            sida.from_pretrained(tmp_path, memory=0.5, **{name: value})
+
+
 def test_a_quantised_model_is_refused() -> None:
     model = make_encoder()
     model.quantization_method = types.SimpleNamespace(value="bitsandbytes")

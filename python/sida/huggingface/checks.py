@@ -85,13 +85,18 @@ def _current_gpu() -> int:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for models whose weights somebody else moves or packs."""
+    """Raise ValueError for models whose weights or layers somebody else moves or replaces."""
     placed = getattr(model, "hf_device_map", None) or {}
     hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
     if hooked or len(set(placed.values())) > 1:
         raise ValueError(
             f"accelerate dispatched this model (device_map {placed or 'with hooks'}); load it "
             "without device_map, or let sida.from_pretrained load it"
+        )
+    if getattr(model, "use_kernels", False):
+        raise ValueError(
+            "the model was loaded with use_kernels=True, and kernels of the hub may replace a MoE "
+            "layer whole, experts and all: load it without"
         )
     method = getattr(model, "quantization_method", None)
     if method is not None or getattr(model, "is_quantized", False):

@@ -38,6 +38,8 @@ REFUSED = {
     "state_dict": "experts are read from the checkpoint",
     "torch_dtype": "use dtype=",
     "output_loading_info": "it returns a handle",
+    "use_kernels": "kernels of the hub may replace a MoE layer whole, experts and all",
+    "kernel_config": "kernels of the hub may replace a MoE layer whole, experts and all",
 }
 
 LAYER_OF_EXPERT = re.compile(
