@@ -15,6 +15,7 @@ from family_models import MODELS, generate, make_inputs, make_model
 from switch_models import experts_of, relative, run
 
 import sida
+from sida.huggingface import expert_file, find_adapter
 
 BUDGETS = ("1 expert", 0.25, 1.0)
 
@@ -54,3 +55,57 @@ def test_from_pretrained(family: Family, memory: Any) -> None:
         assert not experts_of(off.model)
         assert relative(run(off.model, family.batch), family.logits) <= 1e-5
         assert generate(off.model, family.prompt) == family.tokens
+
+
+def state(model: Any) -> tuple[dict[str, Any], list[type], list[str]]:
+    """Weights, types of modules, and names of parameters."""
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    return weights, [type(module) for module in model.modules()], names
+
+
+def check_same(model: Any, before: tuple[dict[str, Any], list[type], list[str]]) -> None:
+    weights, types, names = state(model)
+    assert (types, names, list(weights)) == (*before[1:], list(before[0]))
+    assert all(torch.equal(weights[name], weight) for name, weight in before[0].items())
+
+
+def test_an_error_in_a_forward_and_closing_leave_the_model_as_it_was(family: Family) -> None:
+    model, before = family.model, state(family.model)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("injected")
+
+    off = sida.offload(model, memory=0.25)
+    with off:
+        experts = find_adapter(model).experts(1)
+        with pytest.raises(RuntimeError, match="injected"), experts.register_forward_hook(fail):
+            run(model, family.batch)
+        assert relative(run(model, family.batch), family.logits) <= 1e-5
+        experts.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="injected"):
+            run(model, family.batch)
+    check_same(model, before)
+    assert torch.equal(run(model, family.batch), family.logits)
+
+
+def test_an_error_half_way_through_moving_leaves_the_model_as_it_was(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = family.model, state(family.model)
+    each = len(find_adapter(model).parameters(0))
+    write, written = expert_file.write_tensor, []
+
+    def fail_in_the_second_layer(file: Any, weight: Any) -> None:
+        written.append(weight)
+        if len(written) > each:
+            raise KeyboardInterrupt
+        write(file, weight)
+
+    monkeypatch.setattr(expert_file, "write_tensor", fail_in_the_second_layer)
+    with pytest.raises(KeyboardInterrupt):
+        sida.offload(model, memory=0.25, offload_dir=tmp_path)
+    assert len(written) == each + 1
+    assert not any(tmp_path.iterdir())
+    check_same(model, before)
+    assert torch.equal(run(model, family.batch), family.logits)
