@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from family_models import MODELS, generate, make_inputs, make_model
+from family_models import MODELS, generate, make_family, make_inputs, make_model
 from switch_models import experts_of, relative, run
 
 import sida
@@ -109,3 +113,50 @@ def test_an_error_half_way_through_moving_leaves_the_model_as_it_was(
     assert not any(tmp_path.iterdir())
     check_same(model, before)
     assert torch.equal(run(model, family.batch), family.logits)
+
+
+LARGE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "vocab_size": 1000,
+    "num_local_experts": 48,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+}
+PEAK = r"""
+import re, sys
+import torch, transformers, sida, sida.huggingface
+getattr(transformers, sys.argv[3])
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+off = sida.from_pretrained(sys.argv[1], memory=sys.argv[2])
+with torch.no_grad():
+    for step in range(3):
+        off.model(input_ids=(torch.arange(512).view(4, 128) * 7 + step) % 1000)
+stats = off.stats()
+others = sum(p.numel() * p.element_size() for p in off.model.parameters())
+print(peak() - before, stats["total_experts"] * stats["slot_bytes"], others, stats["misses"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "gpt_oss"])
+def test_loading_never_holds_all_experts_in_any_layout(name: str, tmp_path: Path) -> None:
+    """Expert by expert, stacked, transposed; fp8 and MXFP4 have a test of their own."""
+    model = make_family(name, **LARGE)
+    model.save_pretrained(tmp_path)
+    budget = 60 << 20
+    kind = type(model).__name__
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), f"{budget} bytes", kind],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "2"},
+    )
+    assert done.returncode == 0, done.stderr
+    grown, experts, others, misses = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    print(f"experts {experts >> 20} MiB, others {others >> 20} MiB, grown {grown >> 20} MiB")
+    assert experts > 500 << 20 and misses > 100
+    assert budget // 2 < grown <= others + budget + (300 << 20) < experts
