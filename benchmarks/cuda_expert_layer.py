@@ -38,7 +38,7 @@ TOKENS = {
     "mixtral": (1, 64, 1024, 16384),
 }
 KERNELS = tuple("tuned narrow wide grouped hopper dot tiled general".split())
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu_clamped")
+ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "silu_clamped", "swiglu_clamped")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Layer = Callable[[], Tensor]
 """Enqueues a layer; its result."""

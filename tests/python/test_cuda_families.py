@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,13 @@ pytest.importorskip("transformers")
 
 from family_models import MODELS, generate, make_inputs, make_model
 from gpu import needs_gpu
+from own_modules import ADAPTERS, make_ids, make_own
 from safetensors.torch import load_file
 from switch_models import experts_of, relative, run
+from test_other_families import make_other
 
 import sida
+from sida.huggingface import adapter
 
 pytestmark = needs_gpu
 
@@ -41,6 +45,28 @@ def test_offload_and_from_pretrained(family: str, tmp_path: Path) -> None:
     with sida.from_pretrained(tmp_path, memory=0.25, device="cuda") as off:
         assert relative(run(off.model, batch), expected) <= 1e-5
         assert generate(off.model, prompt) == tokens
+
+
+@pytest.mark.parametrize("name", ["NemotronHForCausalLM", "DeepseekV4ForCausalLM"])
+def test_activations_of_other_families(name: str) -> None:
+    model = make_other(name).to("cuda")
+    batch = {"input_ids": torch.arange(14, device="cuda").view(2, 7) + 2}
+    expected = run(model, batch)
+    for memory in ("1 expert", 1.0):
+        with sida.offload(model, memory=memory, device="cuda") as off:
+            assert relative(run(off.model, batch), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_modules_of_ones_own(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_registered", [ADAPTERS[kind]])
+    model, ids = make_own(kind).to("cuda"), make_ids().to("cuda")
+    with torch.no_grad():
+        expected = model(ids)
+        for memory in ("1 expert", 0.25, 1.0):
+            with sida.offload(model, memory=memory, device="cuda") as off:
+                assert relative(off.model(ids), expected) <= 1e-5
+        assert torch.equal(model(ids), expected)
 
 
 @pytest.mark.parametrize("family", ["switch", "mixtral", "granitemoe", "gpt_oss"])
