@@ -210,8 +210,8 @@ def test_layers_that_the_model_leaves_out_may_be_in_fp8_too(tmp_path: Path) -> N
     [
         ({"quant_method": "gptq", "bits": 4}, "quantised (gptq): expected weights in float32"),
         ({"bits": 4}, "quantised (without a quant_method)"),
-        ({"quant_method": "fp8"}, "two positive integers as DeepSeek-V3 has them, got None"),
-        ({"quant_method": "fp8", "weight_block_size": [0, 8]}, "got [0, 8]; fp8 with other scales"),
+        ({"quant_method": "fp8"}, "two positive integers, as DeepSeek-V3 has them, got 'null'"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 8]}, "got '[0,8]'; fp8 with other scale"),
         (
             {"quant_method": "fp8", "weight_block_size": [4, 8], "activation_scheme": "static"},
             "got 'static': scales of activations are not supported",
@@ -223,7 +223,7 @@ def test_what_is_quantised_otherwise_is_refused(
 ) -> None:
     write_fp8(tmp_path, (4, 8))
     change_config(tmp_path, quantization_config=quantisation)
-    with pytest.raises(ValueError, match=re.escape(reason)):
+    with pytest.raises((ValueError, OSError), match=re.escape(reason)):
         sida.from_pretrained(tmp_path, memory=0.5)
 
 
