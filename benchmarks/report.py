@@ -58,8 +58,12 @@ def load_results() -> Results:
 
 
 def of_cpu(results: Results) -> Results:
-    """Leave out what was recorded on a GPU."""
-    return {name: found for name, found in results.items() if not name.startswith("cuda_")}
+    """Leave out what has a page of its own: what was recorded on a GPU, and a decoder's routing."""
+    return {
+        name: found
+        for name, found in results.items()
+        if not name.startswith("cuda_") and name != "decoder_routing"
+    }
 
 
 def gains(results: Results) -> str:

@@ -15,7 +15,7 @@ WAYS = {
     "lru": "cache alone, lru",
     "lfu": "cache alone, lfu",
     "auto": "cache alone, auto",
-    "belady": "least that a cache alone must miss (Belady)",
+    "belady": "cache alone, Belady's rule",
     "look-ahead": "look-ahead",
     "predictor": "trained predictor, one token ahead",
     "recorded": "recorded tables, one token ahead",
@@ -71,6 +71,20 @@ def decoder_gains(results: Results) -> str:
             f"brings {rates['look-ahead']['loads'] / rates['auto']['loads']:.2f} times as many "
             "experts as auto alone."
         )
+    worst = max(
+        (
+            rates["auto"]["loads"] / rates[policy]["loads"],
+            policy,
+            f"{task}, {share} %",
+        )
+        for task, found in results["decoder_routing"]["tasks"].items()
+        for share, rates in found["rates"].items()
+        for policy in POLICIES
+    )
+    lines.append(
+        f"- **A loss**: alone, `auto` brings up to {worst[0]:.2f} times what {worst[1]} does "
+        f"({worst[2]})."
+    )
     return "\n".join(lines)
 
 
@@ -114,7 +128,7 @@ def draw_rates(panels: Any, found: Mapping[str, Any]) -> None:
         axes.set_xlabel("experts in memory, %")
         axes.set_ylim(0, 102)
     panels[0].set_ylabel("in memory or under way, %")
-    panels[-1].legend(frameon=False, fontsize="x-small")
+    panels[0].legend(frameon=False, fontsize="x-small", loc="lower right")
 
 
 def _rates(name: str, rates: Mapping[str, Mapping[str, Any]]) -> str:
@@ -125,8 +139,9 @@ def _rates(name: str, rates: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cell(counts: Mapping[str, float]) -> str:
-    late = f" + {_percent(counts['late'])} late" if counts["late"] else ""
-    return f"{_percent(counts['hits'])}{late} ({counts['loads']:.1f})"
+    late = counts["late"]
+    more = f" + {_percent(late)} late" if late >= 0.005 else ""
+    return f"{_percent(counts['hits'])}{more} ({counts['loads']:.1f})"
 
 
 def _in_time(counts: Mapping[str, float]) -> float:
