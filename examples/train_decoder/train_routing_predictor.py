@@ -31,6 +31,9 @@ from texts import KINDS
 class Teacher:
     """What sida asks of a model to train a predictor for it, answered for an OLMoE."""
 
+    causal = True
+    """A token is foretold from those before it."""
+
     def __init__(self, model: Any) -> None:
         self._model = model
         layers = model.model.layers
