@@ -178,9 +178,8 @@ class ModuleAdapter(LayersAdapter):
     A choice of weight 0 is left out; an id that is no expert's raises IndexError. Where the
     module's own forward does not call its experts so, `forward` says how it runs.
 
-    A call of the whole model is one pass. The module routes; `predictor=`, `routing="predicted"`
-    and `sida.train_predictor` raise ValueError, unless the adapter answers too what
-    `sida.torch.MoeAdapter` asks of routers and embeddings.
+    A call of the whole model is one pass. The module routes: `predictor=`, `routing="predicted"`
+    and `sida.train_predictor` raise ValueError. What comes early is what `choose_experts` says.
 
     Example:
         >>> @sida.register_adapter
