@@ -39,6 +39,12 @@ class LiveSchedulers {
     std::erase_if(schedulers_, [](const auto& other) { return other.expired(); });
     schedulers_.push_back(scheduler);
   }
+  /// In a process that was forked off: none is ever destroyed, which would wait for its threads.
+  void leave() {
+    for (const auto& weak : schedulers_)
+      if (auto scheduler = weak.lock()) static_cast<void>(new auto(std::move(scheduler)));
+    schedulers_.clear();
+  }
   void close() {
     std::vector<std::weak_ptr<AnyScheduler>> all;
     {
@@ -222,6 +228,8 @@ void bind_scheduler(py::module_& module) {
   module.def(
       "_close_all", [] { live().close(); }, py::call_guard<Unlocked>());
   py::module_::import("atexit").attr("register")(module.attr("_close_all"));
+  py::module_::import("os").attr("register_at_fork")(py::arg("after_in_child") =
+                                                         py::cpp_function([] { live().leave(); }));
 }
 
 }  // namespace sida::bindings

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "process.hpp"
 #include "sida/backend/backend.hpp"
 #include "sida/cache/fifo_policy.hpp"
 #include "sida/cache/lfu_policy.hpp"
@@ -47,23 +48,23 @@ class Experts : public AnyExperts {
   void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
                const ConstTensorView& weights, const TensorView& out,
                const ConstTensorView& next_ids, Stream stream) override {
-    const auto turn = layer_.scheduler().turn();
+    const auto turn = here().scheduler().turn();
     follow(stream);
-    layer_.forward(hidden, ids, weights, out, next_ids);
+    here().forward(hidden, ids, weights, out, next_ids);
   }
-  bool wants_look_ahead() const override { return layer_.wants_look_ahead(); }
+  bool wants_look_ahead() const override { return here().wants_look_ahead(); }
   void forward_predicted(const ConstTensorView& hidden, const TensorView& out,
                          Stream stream) override {
-    const auto turn = layer_.scheduler().turn();
+    const auto turn = here().scheduler().turn();
     follow(stream);
-    layer_.forward_predicted(hidden, out);
+    here().forward_predicted(hidden, out);
   }
   int cuda_device() const override { return device_; }
-  bool has_prediction() const override { return layer_.has_prediction(); }
+  bool has_prediction() const override { return here().has_prediction(); }
   void set_threads(int threads) override {
-    if constexpr (requires { layer_.ffn().set_threads(threads); }) {
-      const auto turn = layer_.scheduler().turn();
-      layer_.ffn().set_threads(threads);
+    if constexpr (requires { here().ffn().set_threads(threads); }) {
+      const auto turn = here().scheduler().turn();
+      here().ffn().set_threads(threads);
     }
   }
 
@@ -72,6 +73,16 @@ class Experts : public AnyExperts {
     if constexpr (requires { layer_.ffn().set_stream(stream); }) layer_.ffn().set_stream(stream);
   }
 
+  OffloadedExperts<B, Policy>& here() {
+    process_.check();
+    return layer_;
+  }
+  const OffloadedExperts<B, Policy>& here() const {
+    process_.check();
+    return layer_;
+  }
+
+  Process process_;
   std::shared_ptr<void> engine_;  // outlives the layer
   OffloadedExperts<B, Policy> layer_;
   int device_;
@@ -89,31 +100,34 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
 
   const MoeConfig& config() const override { return config_; }
   void start(HashBuilder::Source source, std::size_t ahead) override {
-    scheduler_->start(std::move(source), ahead);
+    here().start(std::move(source), ahead);
   }
   bool wait_for_batch(std::chrono::milliseconds longest) override {
-    return scheduler_->wait_for_batch(longest);
+    return here().wait_for_batch(longest);
   }
-  bool next_batch() override { return scheduler_->next_batch(); }
-  void stop() override { scheduler_->stop(); }
+  bool next_batch() override { return here().next_batch(); }
+  void stop() override {
+    if (process_.is_this()) scheduler_->stop();  // else there is nothing to end
+  }
   void begin_pass(std::optional<HashTable> table, std::uint64_t key,
                   std::span<const std::uint8_t> mask) override {
-    scheduler_->begin_pass(std::move(table), key, mask);
+    here().begin_pass(std::move(table), key, mask);
   }
-  void set_mask(std::span<const std::uint8_t> mask) override { scheduler_->set_mask(mask); }
-  void end_pass() override { scheduler_->end_pass(); }
-  const HashTable* table() const override { return scheduler_->table(); }
-  std::uint64_t key() const override { return scheduler_->key(); }
-  CacheStats stats() const override { return scheduler_->stats(); }
-  void reset_stats() override { scheduler_->reset_stats(); }
-  std::vector<TraceEvent> trace() override { return scheduler_->trace().events(); }
-  HashTable recorded() override { return scheduler_->recorded(); }
+  void set_mask(std::span<const std::uint8_t> mask) override { here().set_mask(mask); }
+  void end_pass() override { here().end_pass(); }
+  const HashTable* table() const override { return here().table(); }
+  std::uint64_t key() const override { return here().key(); }
+  CacheStats stats() const override { return here().stats(); }
+  void reset_stats() override { here().reset_stats(); }
+  std::vector<TraceEvent> trace() override { return here().trace().events(); }
+  HashTable recorded() override { return here().recorded(); }
   RunTimes times() override {
-    return run_times(scheduler_->trace().events(), scheduler_->layers(),
-                     scheduler_->cache().slot_bytes());
+    return run_times(here().trace().events(), here().layers(), here().cache().slot_bytes());
   }
-  void resize(const Budget& budget) override { scheduler_->resize(budget); }
-  void close() override { scheduler_->close(); }
+  void resize(const Budget& budget) override { here().resize(budget); }
+  void close() override {
+    if (process_.is_this()) scheduler_->close();
+  }
 
   std::shared_ptr<AnyExperts> make_experts(std::int32_t layer, int threads,
                                            bool skip_padding) override {
@@ -128,6 +142,12 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
   }
 
  private:
+  OffloadScheduler<B, Policy>& here() const {
+    process_.check();
+    return *scheduler_;
+  }
+
+  Process process_;
   std::shared_ptr<void> owner_;  // the cache, which outlives the scheduler
   B& backend_;
   MoeConfig config_;

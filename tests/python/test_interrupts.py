@@ -154,6 +154,53 @@ assert torch.equal(run(model, batch), expected)
     )
 
 
+def test_a_forked_child_that_uses_the_handle_is_told_so() -> None:
+    child(
+        """
+torch.set_num_threads(1)
+expected = run(model, batch)
+off = sida.offload(model, memory=0.3)
+from test_core_threads import case, store_of
+scheduler = sida.OffloadScheduler(sida.ExpertCache(store_of(), "2 experts"))
+layer = sida.LayerExperts(scheduler, 0)
+layer(*case())
+results = off.map(make_batches(20), ahead=2)
+next(results)
+uses = {
+    "a call": lambda: run(model, batch),
+    "the next result": lambda: next(results),
+    "stats": off.stats,
+    "resize": lambda: off.resize(0.5),
+    "close": off.close,
+    "a layer": lambda: layer(*case()),
+    "next_batch": scheduler.next_batch,
+}
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)
+    for name, use in uses.items():
+        try:
+            use()
+            print(name, "came back", file=sys.stderr)
+            os._exit(1)
+        except RuntimeError as error:
+            if "forked" not in str(error):
+                print(name, repr(error), file=sys.stderr)
+                os._exit(1)
+    with sida.offload(make_encoder(), memory=0.3) as own:
+        assert torch.equal(run(own.model, batch), run(own.model, batch))
+    scheduler.close()
+    sys.exit(0)  # destroys what the parent goes on with
+assert os.waitpid(pid, 0)[1] == 0
+assert len(list(results)) == 19
+with open(off._source._moved.path, "rb"):
+    pass
+off.close()
+assert torch.equal(run(model, batch), expected)
+"""
+    )
+
+
 @pytest.mark.slow
 def test_ten_thousand_handles_of_the_core_leave_nothing_behind() -> None:
     child(

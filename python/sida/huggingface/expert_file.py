@@ -58,7 +58,7 @@ class ExpertFile:
         )
         # Unbuffered: what a full disk did not take must not fail once more when the file is closed.
         self._file: BinaryIO = self.path.open("w+b", buffering=0)
-        self._discard = weakref.finalize(self, _remove, self._file, self.path.parent)
+        self._discard = weakref.finalize(self, _remove, self._file, self.path.parent, os.getpid())
         try:
             self._write(header, len(adapter.layer_names))
         except OSError as error:
@@ -136,9 +136,10 @@ def _read(file: BinaryIO, saved: _Saved) -> Tensor:
     return weight
 
 
-def _remove(file: BinaryIO, folder: Path) -> None:
+def _remove(file: BinaryIO, folder: Path, process: int) -> None:
     file.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    if os.getpid() == process:  # not in one that was forked off
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_room(folder: Path, size: int) -> None:

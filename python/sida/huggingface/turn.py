@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,10 @@ BETWEEN_LOOKS = 0.05
 """Seconds after which a thread that waits looks again whether a loan is over."""
 COMPILED_CALLS = "torch._dynamo.eval_frame"
 """The module through which every call of something compiled goes."""
+FORKED = (
+    "this process was forked from the one that offloaded the model, and the handle's threads "
+    'stayed there: offload in this process, or start it by multiprocessing\'s "spawn"'
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,17 @@ class Turn:
     def __init__(self) -> None:
         self._free = threading.Condition(threading.RLock())
         self._loan: _Loan | None = None
+        self._process = os.getpid()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Have the turn, once no other thread has it and no graph on another thread."""
+        """Have the turn, once no other thread has it and no graph on another thread.
+
+        Raises:
+            RuntimeError: This process was forked from the one that made the handle.
+        """
+        if os.getpid() != self._process:  # where a thread may have had the turn that is not here
+            raise RuntimeError(FORKED)
         # a generator, since one that is interrupted before the caller's block lets go of the lock
         with self._free:
             while self._is_lent_elsewhere():
