@@ -32,9 +32,11 @@ from own_modules import (
 )
 from switch_models import relative
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import sida
 from sida.huggingface import adapter as adapters
+from sida.huggingface.module_adapter import ModuleExperts
 
 ROOT = Path(__file__).parents[2]
 
@@ -348,6 +350,30 @@ def test_the_last_adapter_is_asked_first_and_unknown_models_name_all() -> None:
         ValueError, match=r"Moe \(ListAdapter\).*experts interface.*no module.*regis"
     ):
         sida.offload(nn.Sequential(nn.Linear(3, 3)), memory=0.25)  # fmt: skip
+
+
+def test_a_module_of_transformers_too_but_only_once_it_is_loaded(tmp_path: Path) -> None:
+    class Block(sida.ModuleAdapter):
+        module_class = MixtralSparseMoeBlock
+
+        def activation(self, module: Any) -> str:
+            return "silu"
+
+        def experts_per_token(self, module: Any) -> int:
+            return 2
+
+    from family_models import make_family, make_prompt  # here: the file is among the quick ones
+
+    model, batch = make_family("mixtral"), make_prompt()
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    sida.register_adapter(Block)
+    with sida.offload(model, memory=0.25) as off:
+        assert isinstance(off.model.model.layers[0].mlp.experts, ModuleExperts)
+        assert relative(off.model(**batch).logits, expected) <= 1e-5
+    with sida.from_pretrained(tmp_path, memory=0.25) as off:  # by sida's own adapter
+        assert not isinstance(off.model.model.layers[0].mlp.experts, ModuleExperts)
+        assert relative(off.model(**batch).logits, expected) <= 1e-5
 
 
 def test_the_example_runs() -> None:

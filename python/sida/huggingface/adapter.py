@@ -194,8 +194,12 @@ def register_adapter(adapter: _Adapter) -> _Adapter:
     return adapter
 
 
-def find_adapter(model: nn.Module) -> ExpertAdapter:
+def find_adapter(model: nn.Module, *, registered: bool = True) -> ExpertAdapter:
     """Return the adapter for a model.
+
+    Args:
+        model: The model.
+        registered: Whether those are asked too that `register_adapter` was given.
 
     Raises:
         ValueError: sida knows no MoE layer of the model; the message lists what was looked for and
@@ -208,7 +212,9 @@ def find_adapter(model: nn.Module) -> ExpertAdapter:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module, got {type(model).__name__}")
     refuse_wrong_upstream(model)
-    adapters: list[type[ExpertAdapter]] = [*_registered, SwitchAdapter, InterfaceAdapter]
+    adapters: list[type[ExpertAdapter]] = [SwitchAdapter, InterfaceAdapter]
+    if registered:
+        adapters = [*_registered, *adapters]
     for adapter in adapters:
         if any(adapter.matches(module) for module in model.modules()):
             return adapter(model)
@@ -225,7 +231,8 @@ def find_adapter(model: nn.Module) -> ExpertAdapter:
         f"{type(model).__name__} has no MoE layer that sida knows: looked for "
         f"{', '.join(looked_for[:-1])} and {looked_for[-1]}, found "
         f"{', '.join(found) if found else 'no module that looks like one'}. "
-        "A MoE module of your own sida learns from sida.register_adapter"
+        "A MoE module of your own sida learns from sida.register_adapter, and sida.offload takes "
+        "its model"
     )
 
 

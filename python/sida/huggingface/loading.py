@@ -120,7 +120,7 @@ def from_pretrained(
     model = _load_without_experts(
         folder, model_class or _class_of(config), config, dtype, hf_kwargs
     )
-    adapter = find_adapter(model)
+    adapter = find_adapter(model, registered=False)  # which need the experts that are not there
     kind = checks.DTYPES.get(_dtype_of(model))
     if kind is None:
         raise ValueError(
