@@ -139,9 +139,31 @@ void bind_predictor(py::module_& module) {
           "token).\n\n"
           "Padding gets no candidates; neither do layers without a head.\n\n"
           "Raises:\n    ValueError: A shape or dtype that does not fit.")
+      .def(
+          "advance",
+          [](const Predictor& predictor, const py::object& embeddings, const py::object& mask,
+             const py::object& past, const py::object& states, std::uint64_t key,
+             std::int32_t candidates) {
+            const Array array(embeddings, "embeddings"), earlier(past, "past");
+            const Array written(states, "states");
+            const TensorView out = written.writable();
+            const auto flags = mask_of(mask);
+            const Unlocked unlocked;
+            return predictor.advance(array.view(), flags, earlier.view(), out, key, candidates);
+          },
+          py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(), py::arg("past"),
+          py::arg("states"), py::arg("key") = 0, py::arg("candidates") = 8,
+          "As predict, for the latest tokens [B, S, D] of sentences that began earlier.\n\n"
+          "past float32 [B, P, state_size]: states of all tokens before. states float32 [B, S, "
+          "state_size]: where those of the latest are written.\n\n"
+          "Raises:\n    ValueError: The kind is not causal, or a shape or dtype does not fit.")
+      .def_property_readonly("is_causal", &Predictor::is_causal,
+                             "Whether advance() works: no token is foretold from later ones.")
+      .def_property_readonly("state_size", &Predictor::state_size,
+                             "Floats of a token's state; 0: each token is foretold by itself.")
       .def_property_readonly(
           "kind", [](const Predictor& p) { return p.weights().kind; },
-          "lstm, transformer or token.")
+          "lstm, causal_lstm, transformer or token.")
       .def_property_readonly(
           "heads", [](const Predictor& p) { return p.weights().heads; },
           "The MoE layers that are foretold.")

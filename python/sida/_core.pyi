@@ -142,6 +142,20 @@ class HashPredictor:
         key: int = 0,
         candidates: int = 8,
     ) -> HashTable: ...
+    def advance(
+        self,
+        embeddings: _DLPackArray,
+        mask: _DLPackArray | None = None,
+        *,
+        past: _DLPackArray,
+        states: _DLPackArray,
+        key: int = 0,
+        candidates: int = 8,
+    ) -> HashTable: ...
+    @property
+    def is_causal(self) -> bool: ...
+    @property
+    def state_size(self) -> int: ...
     @property
     def kind(self) -> str: ...
     @property

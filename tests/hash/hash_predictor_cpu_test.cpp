@@ -19,7 +19,7 @@ using Predictor = sida::HashPredictor<sida::CpuBackend>;
 
 namespace {
 
-const std::vector<std::string> kinds{"lstm", "transformer", "token"};
+const std::vector<std::string> kinds{"lstm", "causal_lstm", "transformer", "token"};
 
 struct Batch {
   std::int64_t sentences, length, size;
@@ -219,9 +219,84 @@ TEST_CASE("Embeddings that are not finite spoil their own sentence at most") {
       // Attention carries it to the whole sentence.
       for (std::int64_t token = 6; token < 12; ++token)
         REQUIRE(std::isnan(table.scale[table.index(1, token, 0)]) ==
-                (kind != "token" || token == 8));
+                (kind == "token" ? token == 8 : kind != "causal_lstm" || token >= 8));
     }
   }
+}
+
+TEST_CASE("A causal predictor goes on from its states as if it had seen all at once") {
+  for (const std::string kind : {"causal_lstm", "token"}) {
+    const auto weights = reference::random_weights(kind, 5, 8, 12);
+    const Predictor predictor(weights);
+    REQUIRE(predictor.is_causal());
+    const std::int64_t size = predictor.state_size();
+    REQUIRE(size == (kind == "token" ? 0 : 1 + 4 * 8));
+    constexpr std::int64_t sentences = 6, length = 23;
+    const Batch batch = random_batch(sentences, length, 5);
+    const HashTable whole = predictor.predict(batch.view(), batch.mask, 0);
+    std::vector<float> past;  // [sentences, begin, size]
+    for (std::int64_t begin = 0, step = 1; begin < length; begin += step, step = step % 4 + 1) {
+      const std::int64_t count = std::min(step, length - begin);
+      Batch latest{sentences, count, 5, {}, {}};
+      for (std::int64_t s = 0; s < sentences; ++s)
+        for (std::int64_t i = s * length + begin; i < s * length + begin + count; ++i) {
+          latest.mask.push_back(batch.mask[static_cast<std::size_t>(i)]);
+          const auto from = batch.embeddings.begin() + i * 5;
+          latest.embeddings.insert(latest.embeddings.end(), from, from + 5);
+        }
+      std::vector<float> states(static_cast<std::size_t>(sentences * count * size), -7.0f);
+      const HashTable table = predictor.advance(latest.view(), latest.mask,
+                                                {reinterpret_cast<const std::byte*>(past.data()),
+                                                 sida::DataType::f32,
+                                                 {sentences, begin, size}},
+                                                {reinterpret_cast<std::byte*>(states.data()),
+                                                 sida::DataType::f32,
+                                                 {sentences, count, size}},
+                                                3);
+      REQUIRE(table.keys == std::vector<std::uint64_t>{3});
+      for (std::int32_t layer = 0; layer < table.layers; ++layer)
+        for (std::int64_t s = 0; s < sentences; ++s)
+          for (std::int64_t i = 0; i < count; ++i)
+            for (std::int32_t c = 0; c < table.candidates; ++c) {
+              const std::size_t at = table.index(layer, s * count + i, c);
+              const std::size_t wanted = whole.index(layer, s * length + begin + i, c);
+              REQUIRE(table.ids[at] == whole.ids[wanted]);
+              REQUIRE(table.probs[at] == Approx(whole.probs[wanted]).margin(1e-6));
+              REQUIRE(table.scale[at] == Approx(whole.scale[wanted]).margin(1e-6));
+            }
+      std::vector<float> joined;
+      const auto append = [&](const std::vector<float>& part, std::int64_t s, std::int64_t tokens) {
+        const auto from = part.begin() + s * tokens * size;
+        joined.insert(joined.end(), from, from + tokens * size);
+      };
+      for (std::int64_t s = 0; s < sentences; ++s) {
+        append(past, s, begin);
+        append(states, s, count);
+      }
+      past = joined;
+    }
+  }
+}
+
+TEST_CASE("What cannot go on is refused") {
+  const auto refuses = [](const std::string& kind, std::vector<std::int64_t> past,
+                          std::vector<std::int64_t> states) {
+    const Predictor predictor(reference::random_weights(kind, 4, 8, 3));
+    const Batch batch = random_batch(2, 3, 4);
+    std::vector<float> memory(2 * 5 * 33);
+    auto* const data = reinterpret_cast<std::byte*>(memory.data());
+    CHECK_THROWS_AS(
+        predictor.advance(batch.view(), batch.mask, {data, sida::DataType::f32, std::move(past)},
+                          {data, sida::DataType::f32, std::move(states)}, 0),
+        sida::InvalidArgument);
+  };
+  refuses("lstm", {2, 0, 0}, {2, 3, 0});
+  refuses("transformer", {2, 0, 0}, {2, 3, 0});
+  refuses("causal_lstm", {2, 0, 32}, {2, 3, 33});
+  refuses("causal_lstm", {1, 5, 33}, {2, 3, 33});
+  refuses("causal_lstm", {2, 5, 33}, {2, 2, 33});
+  refuses("causal_lstm", {2, 5}, {2, 3, 33});
+  refuses("token", {2, 0, 33}, {2, 3, 0});
 }
 
 TEST_CASE("One predictor serves several threads, and its copies outlive it") {

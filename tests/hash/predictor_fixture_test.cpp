@@ -11,7 +11,7 @@
 // Predictors that PyTorch trained, and what PyTorch says that they foretell; made by
 // tests/data/make_predictor_fixture.py.
 TEST_CASE("Predictors trained in PyTorch foretell the same in C++") {
-  for (const std::string kind : {"lstm", "transformer", "token"}) {
+  for (const std::string kind : {"lstm", "causal_lstm", "transformer", "token"}) {
     CAPTURE(kind);
     const std::string path = std::string(SIDA_TEST_DATA) + "/predictor_" + kind;
     const sida::HashPredictor<sida::CpuBackend> predictor(

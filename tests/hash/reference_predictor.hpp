@@ -10,7 +10,7 @@
 
 #include "sida/hash/predictor_weights.hpp"
 
-/// The three predictors written down once more, in f64, one number at a time.
+/// The predictors written down once more, in f64, one number at a time.
 namespace reference {
 
 using Vector = std::vector<double>;
@@ -106,10 +106,11 @@ inline Vectors lstm_hidden(const sida::PredictorWeights& w, const Vectors& sente
   Vectors hidden;
   for (std::size_t i = 0; i < states.size(); ++i) {
     Vector scores;
-    for (const Vector& other : states) scores.push_back(dot(states[i], other));
+    const std::size_t seen = w.kind == "causal_lstm" ? i + 1 : states.size();
+    for (std::size_t j = 0; j < seen; ++j) scores.push_back(dot(states[i], states[j]));
     const Vector weights = sparsemax(scores);
     Vector y = layer(w, "residual", compressed[i]);
-    for (std::size_t j = 0; j < states.size(); ++j)
+    for (std::size_t j = 0; j < seen; ++j)
       for (std::size_t k = 0; k < y.size(); ++k) y[k] += weights[j] * states[j][k];
     hidden.push_back(y);
   }
@@ -177,7 +178,7 @@ struct Prediction {
 /// What the predictor says of a sentence without padding.
 inline std::vector<Prediction> predict(const sida::PredictorWeights& w, const Vectors& sentence) {
   Vectors hidden;
-  if (w.kind == "lstm") {
+  if (w.kind == "lstm" || w.kind == "causal_lstm") {
     hidden = lstm_hidden(w, sentence);
   } else if (w.kind == "transformer") {
     hidden = transformer_hidden(w, sentence);
@@ -231,7 +232,7 @@ inline sida::PredictorWeights random_weights(const std::string& kind, std::int32
   layer_of("compress", hidden, embedding);
   layer_of("routing", 2 * experts, hidden);
   layer_of("scale", 2 * experts, hidden);
-  if (kind == "lstm") {
+  if (kind == "lstm" || kind == "causal_lstm") {
     for (const std::string suffix : {"_l0", "_l1"}) {
       for (const std::string part : {"ih", "hh"}) {
         tensor("lstm.weight_" + part + suffix, {4 * hidden, hidden});

@@ -106,7 +106,7 @@ def test_tables_that_cannot_be_right(changes: Any, error: type[Exception], messa
         table_of(**changes)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "transformer", "token"])
+@pytest.mark.parametrize("kind", ["lstm", "causal_lstm", "transformer", "token"])
 def test_predictors_say_what_torch_said(kind: str) -> None:
     predictor = HashPredictor.load(DATA / f"predictor_{kind}.safetensors")
     expected = load_file(DATA / f"predictor_{kind}_expected.safetensors")

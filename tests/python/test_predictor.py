@@ -74,7 +74,7 @@ def test_padding_anywhere_does_not_matter(kind: str) -> None:
     assert (together.probs[:, mask == 0] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+@pytest.mark.parametrize("kind", ["lstm", "causal_lstm", "transformer"])
 def test_tokens_see_their_sentence_and_no_other(kind: str) -> None:
     predictor = make_predictor(kind)
     embeddings, mask = torch.randn(2, 5, 12), torch.ones(2, 5)
@@ -83,6 +83,16 @@ def test_tokens_see_their_sentence_and_no_other(kind: str) -> None:
     after = predictor.predict(embeddings, mask).probs
     assert (before[:, 0, 4] - after[:, 0, 4]).abs().max() > 1e-6
     torch.testing.assert_close(before[:, 1], after[:, 1], atol=0, rtol=0)
+
+
+def test_the_causal_kind_sees_no_later_token() -> None:
+    predictor = make_predictor("causal_lstm")
+    embeddings, mask = torch.randn(1, 6, 12), torch.ones(1, 6)
+    before = predictor.predict(embeddings, mask).probs
+    embeddings[0, 3] += 1.0
+    after = predictor.predict(embeddings, mask).probs
+    torch.testing.assert_close(before[:, :, :3], after[:, :, :3], atol=0, rtol=0)
+    assert ((before - after)[:, :, 3:].abs().amax((0, 1, 3)) > 1e-6).all()
 
 
 def test_the_token_kind_sees_only_the_token() -> None:
@@ -94,7 +104,7 @@ def test_the_token_kind_sees_only_the_token() -> None:
     torch.testing.assert_close(before[:, :, 1:], after[:, :, 1:], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+@pytest.mark.parametrize("kind", ["lstm", "causal_lstm", "transformer"])
 def test_the_order_of_tokens_matters_at_any_length(kind: str) -> None:
     predictor = make_predictor(kind)
     embeddings, mask = torch.randn(1, 90, 12), torch.ones(1, 90)

@@ -72,6 +72,7 @@ class TinyAdapter:
     def __init__(self, model: TinyMoe, predictable: list[int] | None = None) -> None:
         self.model = model
         self.layer_names = [f"layers.{i}" for i in range(len(model.layers))]
+        self.causal = False
         self.predictable = list(range(len(model.layers))) if predictable is None else predictable
         self.num_experts = model.layers[0].router.gate.out_features
         self.top_k = model.layers[0].router.top_k

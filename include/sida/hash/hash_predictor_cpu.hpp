@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <string>
@@ -13,6 +14,7 @@
 #include "sida/backend/cpu/isa.hpp"
 #include "sida/backend/cpu_backend.hpp"
 #include "sida/core/tensor_view.hpp"
+#include "sida/hash/cpu/causal_lstm_trunk.hpp"
 #include "sida/hash/cpu/lstm_trunk.hpp"
 #include "sida/hash/cpu/routing_heads.hpp"
 #include "sida/hash/cpu/transformer_trunk.hpp"
@@ -41,34 +43,54 @@ class HashPredictor<CpuBackend> {
   /// @throws InvalidArgument for other shapes or dtypes.
   HashTable predict(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
                     std::uint64_t key, std::int32_t max_candidates = 8) const {
-    const PredictorWeights& weights = parts_->weights;
-    SIDA_EXPECTS(embeddings.type == DataType::f32 && embeddings.shape.size() == 3 &&
-                     embeddings.shape[2] == weights.embedding_size,
-                 "predict: expected embeddings [B, S, " + std::to_string(weights.embedding_size) +
-                     "] f32, got " + embeddings.describe());
-    const std::int64_t sentences = embeddings.shape[0];
-    const std::int64_t length = embeddings.shape[1];
-    SIDA_EXPECTS(sentences >= 0 && length >= 0,
-                 "predict: expected B and S >= 0, got " + embeddings.describe());
-    const std::int64_t tokens = sentences * length;
-    SIDA_EXPECTS(mask.empty() || mask.size() == static_cast<std::size_t>(tokens),
-                 "predict: expected a mask of " + std::to_string(tokens) +
-                     " elements or none, got " + std::to_string(mask.size()));
-    SIDA_EXPECTS(max_candidates >= 1,
-                 "predict: expected max_candidates >= 1, got " + std::to_string(max_candidates));
-    HashTable table = empty_table(tokens, key, std::min(weights.experts, max_candidates));
-    Chunk chunk;
-    for (std::int64_t s = 0; s < sentences; ++s) {
-      for (std::int64_t token = s * length; token < (s + 1) * length; ++token)
-        if (mask.empty() || mask[static_cast<std::size_t>(token)] != 0)
-          chunk.tokens.push_back(token);
-      const auto rows = static_cast<Eigen::Index>(chunk.tokens.size());
-      chunk.sentences.offsets.push_back(rows);
-      if (rows >= chunk_tokens || s + 1 == sentences) {
-        fill(chunk, embeddings, table);
-        chunk = {};
-      }
-    }
+    check_batch(embeddings, mask, max_candidates);
+    const std::int64_t sentences = embeddings.shape[0], length = embeddings.shape[1];
+    HashTable table =
+        empty_table(sentences * length, key, std::min(parts_->weights.experts, max_candidates));
+    for_each_chunk(sentences, length, mask, [&](const Chunk& chunk) {
+      const detail::Matrix rows = rows_of(chunk, embeddings);
+      parts_->heads.fill((*parts_->trunk)(rows, chunk.sentences), chunk.tokens, table);
+    });
+    return table;
+  }
+  /// Whether advance() can go on: what is foretold of a token depends on none that follows.
+  bool is_causal() const noexcept { return parts_->trunk->is_causal(); }
+
+  /// Floats of a token's state; 0 where what is foretold of a token depends on it alone.
+  std::int64_t state_size() const noexcept {
+    const Eigen::Index size = parts_->trunk->state_size();
+    return size == 0 ? 0 : size + 1;
+  }
+
+  /// As predict(), for the latest tokens of sentences that began earlier, as a decoder meets them.
+  ///
+  /// `past`: [B, P, state_size()] f32, the states of all tokens before; `states`: [B, S,
+  /// state_size()] f32, where those of the latest are written. A state is taken up again as it is,
+  /// in any order of sentences and cut off anywhere: that of padding says that it is padding.
+  /// @throws InvalidArgument for other shapes or dtypes, and for kinds that are not causal.
+  HashTable advance(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                    const ConstTensorView& past, const TensorView& states, std::uint64_t key,
+                    std::int32_t max_candidates = 8) const {
+    check_batch(embeddings, mask, max_candidates);
+    SIDA_EXPECTS(is_causal(),
+                 "advance: expected a predictor of kind causal_lstm or token, which "
+                 "foretell a token from those before it, got '" +
+                     parts_->weights.kind + "'");
+    const std::int64_t sentences = embeddings.shape[0], length = embeddings.shape[1];
+    expect_states(past, sentences, past.shape.size() == 3 ? past.shape[1] : 0, "past");
+    expect_states(states, sentences, length, "states");
+    if (states.bytes() > 0) std::memset(states.data, 0, states.bytes());
+    HashTable table =
+        empty_table(sentences * length, key, std::min(parts_->weights.experts, max_candidates));
+    for_each_chunk(sentences, length, mask, [&](const Chunk& chunk) {
+      std::vector<detail::Matrix> earlier;
+      for (std::size_t s = 0; s < chunk.sentences.count(); ++s)
+        earlier.push_back(past_of(past, chunk.first + static_cast<std::int64_t>(s)));
+      const detail::Advanced advanced =
+          parts_->trunk->advance(rows_of(chunk, embeddings), chunk.sentences, earlier);
+      parts_->heads.fill(advanced.hidden, chunk.tokens, table);
+      write_states(chunk, advanced.states, states);
+    });
     return table;
   }
 
@@ -83,6 +105,7 @@ class HashPredictor<CpuBackend> {
   struct Chunk {
     std::vector<std::int64_t> tokens;
     detail::Sentences sentences;
+    std::int64_t first = 0;  ///< its first sentence
   };
 
   /// The weights and what views them; never moved.
@@ -91,13 +114,16 @@ class HashPredictor<CpuBackend> {
         : weights(checked(std::move(given))), tensors(weights, isa), heads(tensors, weights) {
       if (weights.kind == "lstm") {
         trunk = std::make_unique<detail::LstmTrunk>(tensors, weights);
+      } else if (weights.kind == "causal_lstm") {
+        trunk = std::make_unique<detail::CausalLstmTrunk>(tensors, weights);
       } else if (weights.kind == "transformer") {
         trunk = std::make_unique<detail::TransformerTrunk>(tensors, weights);
       } else if (weights.kind == "token") {
         trunk = std::make_unique<detail::TokenTrunk>(tensors, weights);
       } else {
-        throw InvalidArgument("predictor: expected kind lstm, transformer or token, got '" +
-                              weights.kind + "'");
+        throw InvalidArgument(
+            "predictor: expected kind lstm, causal_lstm, transformer or token, got '" +
+            weights.kind + "'");
       }
       tensors.expect_all_read();
     }
@@ -145,14 +171,78 @@ class HashPredictor<CpuBackend> {
     return table;
   }
 
-  void fill(const Chunk& chunk, const ConstTensorView& embeddings, HashTable& table) const {
-    if (chunk.tokens.empty()) return;
+  void check_batch(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                   std::int32_t max_candidates) const {
+    const std::int32_t size = parts_->weights.embedding_size;
+    SIDA_EXPECTS(embeddings.type == DataType::f32 && embeddings.shape.size() == 3 &&
+                     embeddings.shape[2] == size,
+                 "predict: expected embeddings [B, S, " + std::to_string(size) + "] f32, got " +
+                     embeddings.describe());
+    SIDA_EXPECTS(embeddings.shape[0] >= 0 && embeddings.shape[1] >= 0,
+                 "predict: expected B and S >= 0, got " + embeddings.describe());
+    const std::int64_t tokens = embeddings.shape[0] * embeddings.shape[1];
+    SIDA_EXPECTS(mask.empty() || mask.size() == static_cast<std::size_t>(tokens),
+                 "predict: expected a mask of " + std::to_string(tokens) +
+                     " elements or none, got " + std::to_string(mask.size()));
+    SIDA_EXPECTS(max_candidates >= 1,
+                 "predict: expected max_candidates >= 1, got " + std::to_string(max_candidates));
+  }
+  template <class View>
+  void expect_states(const View& view, std::int64_t sentences, std::int64_t tokens,
+                     const char* name) const {
+    const std::vector<std::int64_t> expected{sentences, tokens, state_size()};
+    SIDA_EXPECTS(view.type == DataType::f32 && view.shape == expected,
+                 "advance: expected " + std::string(name) + " [" + std::to_string(sentences) +
+                     ", " + std::to_string(tokens) + ", " + std::to_string(state_size()) +
+                     "] f32, got " + view.describe());
+  }
+
+  /// Calls `work` with some sentences at a time.
+  template <class Work>
+  void for_each_chunk(std::int64_t sentences, std::int64_t length,
+                      std::span<const std::uint8_t> mask, Work&& work) const {
+    Chunk chunk;
+    for (std::int64_t s = 0; s < sentences; ++s) {
+      for (std::int64_t token = s * length; token < (s + 1) * length; ++token)
+        if (mask.empty() || mask[static_cast<std::size_t>(token)] != 0)
+          chunk.tokens.push_back(token);
+      const auto rows = static_cast<Eigen::Index>(chunk.tokens.size());
+      chunk.sentences.offsets.push_back(rows);
+      if (rows >= chunk_tokens || s + 1 == sentences) {
+        if (rows > 0) work(std::as_const(chunk));
+        chunk = {};
+        chunk.first = s + 1;
+      }
+    }
+  }
+
+  detail::Matrix rows_of(const Chunk& chunk, const ConstTensorView& embeddings) const {
     const Eigen::Index size = parts_->weights.embedding_size;
     const auto* data = reinterpret_cast<const float*>(embeddings.data);
     detail::Matrix rows(chunk.sentences.rows(), size);
     for (Eigen::Index i = 0; i < rows.rows(); ++i)
       rows.row(i) = detail::RowMap(data + chunk.tokens[static_cast<std::size_t>(i)] * size, size);
-    parts_->heads.fill((*parts_->trunk)(rows, chunk.sentences), chunk.tokens, table);
+    return rows;
+  }
+
+  // In memory a state is [1 for tokens, 0 for padding; the trunk's].
+  detail::Matrix past_of(const ConstTensorView& past, std::int64_t sentence) const {
+    const Eigen::Index size = parts_->trunk->state_size(), width = state_size();
+    const auto* data = reinterpret_cast<const float*>(past.data) + sentence * past.shape[1] * width;
+    detail::Matrix states(past.shape[1], size);
+    Eigen::Index tokens = 0;
+    for (std::int64_t i = 0; size > 0 && i < past.shape[1]; ++i, data += width)
+      if (*data != 0) states.row(tokens++) = detail::RowMap(data + 1, size);
+    states.conservativeResize(tokens, size);
+    return states;
+  }
+  void write_states(const Chunk& chunk, const detail::Matrix& states, const TensorView& out) const {
+    auto* const data = reinterpret_cast<float*>(out.data);
+    for (Eigen::Index i = 0; state_size() > 0 && i < states.rows(); ++i) {
+      float* const state = data + chunk.tokens[static_cast<std::size_t>(i)] * state_size();
+      *state = 1;
+      std::copy_n(states.row(i).data(), states.cols(), state + 1);
+    }
   }
 
   std::shared_ptr<const Parts> parts_;

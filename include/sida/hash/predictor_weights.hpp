@@ -17,7 +17,7 @@ struct PredictorTensor {
 /// A trained hash predictor as plain data: what its file holds. HashPredictor checks that names and
 /// shapes of the tensors are those of its kind.
 struct PredictorWeights {
-  std::string kind;                 ///< "lstm" (the paper's), "transformer" or "token"
+  std::string kind;  ///< "lstm" (the paper's), "causal_lstm", "transformer" or "token"
   std::int32_t embedding_size = 0;  ///< D of the embeddings that it reads
   std::int32_t hidden_size = 0;
   std::int32_t experts = 0;         ///< in each MoE layer of the model

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sida.huggingface.adapter import ExpertArrays, ExpertParameter, Stack, integer_tensor
-from sida.huggingface.layers_adapter import LayersAdapter
+from sida.huggingface.adapter import ExpertArrays, ExpertParameter, Stack
+from sida.huggingface.decoder_adapter import DecoderAdapter
 from sida.torch.experts_module import ExpertsModule
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_appl
 """What transformers gives to every class that `use_experts_implementation` decorates."""
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
 """Names that configs have for the number of experts of a token."""
-ROUTERS = ("gate", "router")
-"""Names that MoE layers have for their router."""
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -190,7 +187,7 @@ def make_without_weights(experts: type[nn.Module]) -> Callable[..., nn.Module]:
     return make
 
 
-class InterfaceAdapter(LayersAdapter):
+class InterfaceAdapter(DecoderAdapter):
     """See `sida.huggingface.adapter.ExpertAdapter`."""
 
     looks_for = f"modules of transformers' experts interface ({', '.join(ATTRIBUTES)})"
@@ -227,6 +224,7 @@ class InterfaceAdapter(LayersAdapter):
         self.interleaved = self._form.interleaved
         self.num_experts = self._form.experts
         self.top_k = _top_k(model, self.num_experts)
+        self.predictable = self.find_predictable()
 
     def stacks(self) -> list[Stack]:
         """Return the models around the layers."""
@@ -282,34 +280,9 @@ class InterfaceAdapter(LayersAdapter):
         names = _names(self._form.gated, self._form.biased)
         return {name: part[None] for name, part in zip(names, (up, down, *biases), strict=True)}
 
-    def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Return what a layer's router chooses; see `ExpertAdapter.choices`."""
-        parent = self._layers[layer]
-        router = next(
-            (getattr(parent, name, None) for name in ROUTERS if hasattr(parent, name)), None
-        )
-        if not isinstance(router, nn.Module):
-            raise ValueError(f"expected a router named {' or '.join(ROUTERS)}, found none")
-        if router.training:
-            return None
-        # By its class, so that neither its hooks nor what records router logits see the call.
-        output = type(router).forward(router, hidden, **_router_arguments(router, parent))
-        ids = output[integer_tensor(output)]
-        assert isinstance(ids, Tensor)
-        return ids
-
     def stand_in(self, layer: int) -> InterfaceExperts:
         """Return what stands for the experts of every layer."""
         return InterfaceExperts(self._form)
-
-
-def _router_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any]:
-    """Return what a router takes beside hidden states: its layer's, by the same name."""
-    parameters = list(inspect.signature(type(router).forward).parameters.values())[2:]
-    names = [
-        p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
-    return {name: getattr(parent, name) for name in names}
 
 
 def _interleave(gate_up: Tensor) -> Tensor:

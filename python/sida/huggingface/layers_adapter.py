@@ -14,8 +14,8 @@ from sida.huggingface.adapter import Compute, ComputePredicted, Stack
 from sida.torch.experts_module import ExpertsModule
 
 NO_PREDICTOR = (
-    "sida foretells the routing of Switch Transformers' encoders only; offload this model without "
-    'predictor= and with routing="exact"'
+    "sida does not foretell this model's routing; offload it without predictor= and with "
+    'routing="exact"'
 )
 
 
@@ -31,6 +31,7 @@ class LayersAdapter(ABC):
     """
 
     looks_for: ClassVar[str]
+    causal = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -45,11 +45,11 @@ def offload(
     """Keep no more of a model's experts in fast memory than `memory` allows.
 
     Switch Transformers (encoder, encoder-decoder, with a language-modelling head), and models whose
-    experts follow transformers' experts interface; predictors are for Switch's encoder. The experts
-    are written to one file, layer by layer, and read as they are needed; if all fit, they stay
-    where they are. For a GPU they move, layer by layer, to pinned memory. The model is then called
-    as before, `generate` and `torch.compile` included, and gives the same results: to the bit at
-    every budget, policy and predictor. Inference only.
+    experts follow transformers' experts interface. The experts are written to one file, layer by
+    layer, and read as they are needed; if all fit, they stay where they are. For a GPU they move,
+    layer by layer, to pinned memory. The model is then called as before, `generate` and
+    `torch.compile` included, and gives the same results: to the bit at every budget, policy and
+    predictor. Inference only.
 
     Meanwhile `save_pretrained` writes the experts one by one, as transformers would; `state_dict`
     copies all of them to memory, if there is enough; and what would copy the model, or change the
@@ -65,10 +65,10 @@ def offload(
             early. "predicted" (SiDA-MoE): in the layers that the predictor foretells, experts and
             scales come from its hash table, and the routers never run; their logits are then
             missing among a model's `router_logits`. Padding is left out in those layers.
-        predictor: From `sida.train_predictor`, the path of one, or a recorded HashTable. Whatever
-            it is, with exact routing a decoder's passes without a hash table look ahead: the next
-            layer's router, on this layer's input, tells which experts may come early; see
-            `look_ahead` in `stats()`. False: no look-ahead either.
+        predictor: From `sida.train_predictor`, the path of one, or (of an encoder) a recorded
+            HashTable. Whatever it is, with exact routing a decoder's passes without a hash table
+            look ahead: the next layer's router, on this layer's input, tells which experts may come
+            early; see `look_ahead` in `stats()`. False: no look-ahead either.
         policy: Which expert makes way: "fifo", "lru", "lfu", "lookahead" (what the hash tables
             need last), or "auto".
         threads: For computing experts; by default as many as torch uses.
@@ -98,7 +98,7 @@ def offload(
     checks.check_model(model)
     dtype = checks.experts_dtype(adapter)
     place = Place(checks.find_device(device, model_device(model), host_memory), host_memory)
-    tables = open_tables(predictor, adapter)
+    tables = open_tables(predictor, adapter, routing=routing)
     return Offloaded(
         model,
         adapter,

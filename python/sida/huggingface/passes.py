@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sida._core import HashTable, batch_key
+from sida._core import HashTable
 from sida.huggingface.adapter import ExpertAdapter, Stack
+from sida.huggingface.batches import StackBatch, read_batch
+from sida.huggingface.decoding import DecoderTables
 from sida.huggingface.engine import Engine
-from sida.huggingface.tables import Tables
+from sida.huggingface.tables import PredictedTables, Tables
 from sida.huggingface.turn import Turn
 from sida.torch import operators
 from sida.torch.experts_module import CLOSED
@@ -30,55 +30,6 @@ EXPORTED = (
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 DECODER_KEY = 0x9E3779B97F4A7C15
 """Tells a decoder's pass from an encoder's over the same tokens."""
-
-
-@dataclass(frozen=True)
-class StackBatch:
-    """What a stack is about to read."""
-
-    key: int
-    mask: Tensor
-    """[B, S] uint8 on the CPU, 1 for tokens."""
-    embeddings: Callable[[], Tensor]
-    """Gives [B, S, D]."""
-
-
-def read_batch(
-    arguments: Mapping[str, Any], embed: Callable[[Tensor], Tensor]
-) -> StackBatch | None:
-    """Return what a stack reads, by the names of its arguments; None if there is nothing to read.
-
-    A batch is named by its token ids and mask, or where only embeddings are given by their bytes.
-    """
-    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    mask = arguments.get("attention_mask")
-    if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
-        given = embeddings
-        flags = token_mask(mask, given.shape[0], given.shape[1])
-        data = given.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
-        digest = hashlib.blake2b(data + flags.numpy().tobytes(), digest_size=8)
-        return StackBatch(int.from_bytes(digest.digest(), "little"), flags, lambda: given)
-    if isinstance(ids, Tensor) and ids.dim() == 2:
-        tokens = ids.detach().to("cpu", torch.int64).contiguous()
-        flags = token_mask(mask, ids.shape[0], ids.shape[1])
-        return StackBatch(batch_key(tokens, flags), flags, lambda: embed(tokens))
-    return None
-
-
-def token_mask(mask: Any, rows: int, columns: int) -> Tensor:
-    """Return [rows, columns] uint8: 1 for tokens.
-
-    Args:
-        mask: An attention mask; with a cache it may cover earlier tokens too. Anything but a mask
-            of two dimensions says nothing of padding.
-        rows: Sentences.
-        columns: Tokens of a sentence in this call.
-    """
-    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows:
-        latest = mask[:, mask.shape[1] - columns :] if mask.shape[1] >= columns else mask
-        if latest.shape[1] == columns:
-            return (latest != 0).to("cpu", torch.uint8).contiguous()
-    return torch.ones(rows, columns, dtype=torch.uint8)
 
 
 def empty_table(layers: int, key: int) -> HashTable:
@@ -115,6 +66,9 @@ class Passes:
         self.awaits_experts = False
         self.ahead_key: int | None = None
         self._adapter, self._tables = adapter, tables
+        self._decoder: DecoderTables | None = None
+        if adapter.causal and isinstance(tables, PredictedTables):
+            self._decoder = DecoderTables(tables)
         self._number = operators.register(self)
         self.reset()
 
@@ -135,7 +89,7 @@ class Passes:
 
     def forget(self) -> None:
         """Let go of the model; to be called last."""
-        del self._adapter, self._tables
+        del self._adapter, self._tables, self._decoder
 
     def table_of(self, arguments: Mapping[str, Any]) -> tuple[int | None, HashTable]:
         """Return key and hash table of a batch that is yet to come."""
@@ -158,7 +112,8 @@ class Passes:
             engine = self.engine
             if engine is None:
                 raise RuntimeError(CLOSED)
-            self._enter(engine, self._adapter.stacks()[stack], arguments)
+            # A graph does not say which cache it is about, so a decoder's states are not known.
+            self._enter(engine, self._adapter.stacks()[stack], arguments, has_states=False)
             self.turn.lend(engine.scheduler.end_pass)
 
     def end_compiled(self) -> None:
@@ -189,31 +144,46 @@ class Passes:
                             "handle again"
                         )
                     return forward(*args, **kwargs)
-                self._enter(engine, stack, arguments)
+                states = self._enter(engine, stack, arguments)
                 try:
-                    return forward(*args, **kwargs)
+                    output = forward(*args, **kwargs)
+                    if self._decoder is not None and states is not None:
+                        self._decoder.keep(states, arguments, output)
+                    return output
                 finally:
                     engine.scheduler.end_pass()
 
         return run
 
-    def _enter(self, engine: Engine, stack: Stack, arguments: Mapping[str, Any]) -> None:
+    def _enter(
+        self,
+        engine: Engine,
+        stack: Stack,
+        arguments: Mapping[str, Any],
+        *,
+        has_states: bool = True,
+    ) -> Tensor | None:
+        """Begin a pass; return the states of a decoder's tokens, to be kept once it is over."""
         engine.follow_threads()
-        self._begin(engine, stack, read_batch(arguments, self._adapter.embed))
-
-    def _begin(self, engine: Engine, stack: Stack, batch: StackBatch | None) -> None:
+        batch = read_batch(arguments, self._adapter.embed)
         ahead, self.ahead_key = self.ahead_key, None
         self.count += 1
         if batch is None:
             engine.scheduler.begin_pass()
-            return
+            return None
         self.tokens += int(batch.mask.sum())
-        if not stack.predictable:
-            engine.scheduler.begin_pass(None, key=batch.key ^ DECODER_KEY, mask=batch.mask)
-        elif batch.key == ahead:
+        if batch.key == ahead and (stack.predictable or self._decoder is not None):
             engine.scheduler.set_mask(batch.mask)
-        else:
+        elif stack.predictable:
             engine.scheduler.begin_pass(self._build(batch), key=batch.key, mask=batch.mask)
+        else:
+            built = None
+            if self._decoder is not None and has_states:
+                built = self._decoder.build(batch, arguments)
+            table, states = built or (None, None)
+            engine.scheduler.begin_pass(table, key=batch.key ^ DECODER_KEY, mask=batch.mask)
+            return states
+        return None
 
     def _build(self, batch: StackBatch) -> HashTable | None:
         if self._tables is None or batch.mask.numel() == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sida._core import HashPredictor, HashTable
@@ -56,15 +57,41 @@ class PredictedTables:
                 f"expected a predictor for layers among {adapter.predictable}, got one for "
                 f"{sorted(self.layers)}"
             )
+        if adapter.causal and not predictor.is_causal:
+            raise ValueError(
+                f"a predictor of kind {predictor.kind!r} foretells a token from those that follow "
+                "it, which a decoder does not have yet; train one of kind lstm or token with "
+                "sida.train_predictor(model, batches)"
+            )
+        self.state_size: int = predictor.state_size if adapter.causal else 0
         self._predictor = predictor
         self._candidates = max(CANDIDATES, adapter.top_k)
 
     def build(self, key: int, embeddings: Callable[[], Tensor], mask: Tensor) -> HashTable:
         """Predict the table of one batch."""
-        values = embeddings().detach().to("cpu").float().contiguous()
+        values = _in_ram(embeddings())
         table = self._predictor.predict(values, mask, key=key, candidates=self._candidates)
         assert isinstance(table, HashTable)
         return table
+
+    def advance(
+        self, key: int, embeddings: Tensor, mask: Tensor, past: Tensor
+    ) -> tuple[HashTable, Tensor]:
+        """Predict the table of a decoder's latest tokens; see `AdvancingTables.advance`."""
+        states = torch.empty(*mask.shape, self.state_size)
+        table = self._predictor.advance(
+            _in_ram(embeddings),
+            mask,
+            past=past,
+            states=states,
+            key=key,
+            candidates=self._candidates,
+        )
+        return table, states
+
+
+def _in_ram(embeddings: Tensor) -> Tensor:
+    return embeddings.detach().to("cpu").float().contiguous()
 
 
 class RecordedTables:
@@ -112,36 +139,46 @@ class RecordedTables:
         )
 
 
-def open_tables(predictor: Any, adapter: ExpertAdapter) -> Tables | None:
+def open_tables(predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact") -> Tables | None:
     """Return what makes tables for a model.
 
     Args:
         predictor: A path of a predictor or of a hash table, either of them as an object, anything
             else with HashPredictor's attributes and `predict`; None or False for none.
         adapter: The model.
+        routing: "exact" or "predicted".
 
     Raises:
-        ValueError: It belongs to another model.
+        ValueError: It belongs to another model, or does not foretell what this one needs.
         OSError: The file is missing, or neither a predictor nor a hash table.
     """
     if predictor is None or predictor is False:
         return None
     if not adapter.predictable:
         adapter.stack()  # says why there is none
+    if adapter.causal and routing == "predicted":
+        raise ValueError(
+            'routing="predicted" is for encoders: a decoder routes exactly, and predictor= brings '
+            'its experts early; pass routing="exact"'
+        )
     if isinstance(predictor, str | os.PathLike):
         predictor = load(predictor)
     if isinstance(predictor, HashTable):
+        if adapter.causal:
+            raise ValueError(
+                "recorded routing foretells an encoder's batches; which tokens a decoder comes to "
+                "is not known before: pass a predictor from sida.train_predictor(model, batches)"
+            )
         return RecordedTables(predictor, adapter)
     if hasattr(predictor, "network") and hasattr(predictor, "save"):  # sida.torch.Predictor
         with tempfile.TemporaryDirectory(prefix="sida-predictor-") as folder:
             path = Path(folder) / "predictor.safetensors"
             predictor.save(path)
             predictor = HashPredictor.load(path)
-    missing = [
-        name
-        for name in ("predict", "layers", "heads", "experts", "fingerprint")
-        if not hasattr(predictor, name)
-    ]
+    expected = ["predict", "layers", "heads", "experts", "fingerprint"]
+    if adapter.causal:
+        expected += ["kind", "is_causal", "state_size", "advance"]
+    missing = [name for name in expected if not hasattr(predictor, name)]
     if missing:
         raise TypeError(
             "expected predictor to be a path, a predictor or a HashTable, got "

@@ -43,7 +43,7 @@ def sparsemax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    """What the three kinds share: padding is dropped before, heads are applied after `trunk`.
+    """What all kinds share: padding is dropped before, heads are applied after `trunk`.
 
     Args:
         embedding_size: Width D of the token embeddings.
@@ -126,9 +126,26 @@ class LstmNetwork(Network):
         """Return what the heads read, float32 [B, S, hidden_size]."""
         compressed = F.relu(self.compress(embeddings))
         states, _ = self.lstm(compressed)
-        weights = sparsemax(states @ states.transpose(1, 2), mask[:, None, :])
+        weights = sparsemax(states @ states.transpose(1, 2), self._seen(mask))
         attended: Tensor = weights @ states + self.residual(compressed)
         return attended
+
+    def _seen(self, mask: Tensor) -> Tensor:
+        """Return which tokens each token attends to, broadcastable to [B, S, S]."""
+        return mask[:, None, :]
+
+
+class CausalLstmNetwork(LstmNetwork):
+    """The paper's predictor for decoders: a token attends to itself and to those before it.
+
+    So what is said of a token stays the same when others follow, and a decoder's next token goes on
+    from the states of those before.
+    """
+
+    def _seen(self, mask: Tensor) -> Tensor:
+        length = mask.shape[1]
+        before = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        return mask[:, None, :] & before
 
 
 class TransformerNetwork(Network):
@@ -210,10 +227,23 @@ def _rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 NETWORKS: dict[str, tuple[type[Network], int]] = {
     "lstm": (LstmNetwork, 256),
+    "causal_lstm": (CausalLstmNetwork, 256),
     "transformer": (TransformerNetwork, 256),
     "token": (TokenNetwork, 512),
 }
 """Class and usual hidden size of each kind."""
+
+
+def kind_for_decoder(kind: str) -> str:
+    """Return the kind that foretells no token from those that follow it.
+
+    Raises:
+        ValueError: There is none of the name.
+    """
+    found = {"lstm": "causal_lstm", "causal_lstm": "causal_lstm", "token": "token"}.get(kind)
+    if found is None:
+        raise ValueError(f"expected kind lstm or token for a decoder, got {kind!r}")
+    return found
 
 
 def make_network(

@@ -37,7 +37,7 @@ class Predictor:
     """Foretells from token embeddings which experts a model's MoE layers will use.
 
     Attributes:
-        kind: "lstm", "transformer" or "token".
+        kind: "lstm", "causal_lstm", "transformer" or "token".
         network: The torch module.
         layers: MoE layers of the model.
         heads: Index of the MoE layer that each head of the network predicts.

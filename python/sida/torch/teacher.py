@@ -22,6 +22,8 @@ class MoeAdapter(Protocol):
     """Module path of each MoE layer; its place in the list is the layer's index."""
     predictable: list[int]
     """Indices of the layers whose routing can be foretold from the stack's embeddings."""
+    causal: bool
+    """Whether a token is to be foretold from those before it alone, as a decoder meets them."""
     num_experts: int
     top_k: int
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from sida.torch.architectures import Network, make_network
+from sida.torch.architectures import Network, kind_for_decoder, make_network
 from sida.torch.predictor import Predictor
 from sida.torch.teacher import Batch, MoeAdapter, RoutingRecord, record_routing
 
@@ -40,12 +40,16 @@ def train_predictor(
         batches: Dicts of what the model takes, or tensors of `input_ids`; gone through as often
             as `steps` asks for, a list in a new order each time.
         kind: "lstm" (the paper's), "transformer" (small, and nearer to the routers' choice) or
-            "token" (looks at each token alone).
+            "token" (looks at each token alone). For a decoder "lstm" is "causal_lstm", which
+            foretells a token from those before it, and "transformer" is refused.
         steps: Batches to train on.
         seed: Of the initial weights and of the order of batches.
 
     Returns:
         The predictor, on the model's device.
+
+    Raises:
+        ValueError: There is nothing to train on or to train for, or no such kind.
     """
     from sida.huggingface.adapter import find_adapter
 
@@ -83,7 +87,10 @@ def fit_predictor(
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
     if not adapter.predictable:
+        adapter.stack()  # says why there is none
         raise ValueError("the model has no MoE layer whose routing could be foretold")
+    if adapter.causal:
+        kind = kind_for_decoder(kind)
     records = _records(adapter, batches, seed)
     record = next(records)
     devices = [record.embeddings.device] if record.embeddings.is_cuda else []

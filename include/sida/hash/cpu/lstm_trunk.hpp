@@ -11,6 +11,12 @@
 
 namespace sida::detail {
 
+/// What an LSTM layer computed, step by step, or from where it goes on.
+struct LstmSteps {
+  Matrix output;
+  Matrix cell;
+};
+
 /// One LSTM layer, PyTorch's gate order (input, forget, cell, output).
 class LstmLayer {
  public:
@@ -23,14 +29,26 @@ class LstmLayer {
   /// Outputs [rows, H] for inputs [rows, H]. All that does not depend on the step before is one
   /// product over all rows; what does is one product a step, over the sentences still running.
   Matrix operator()(const Matrix& inputs, const Sentences& sentences) const {
+    const auto count = static_cast<Eigen::Index>(sentences.count());
+    const Matrix zeros = Matrix::Zero(count, inputs.cols());
+    return run(inputs, sentences, {zeros, zeros}).output;
+  }
+
+  /// The same from where each sentence, a row of `begin`, has got to.
+  LstmSteps run(const Matrix& inputs, const Sentences& sentences, const LstmSteps& begin) const {
     const Eigen::Index size = inputs.cols();
     Matrix gates = input_(inputs);
     gates.rowwise() += recurrent_bias_;
     const std::vector<std::size_t> order = longest_first(sentences);
     const auto count = static_cast<Eigen::Index>(order.size());
-    Matrix outputs(inputs.rows(), size);
-    Matrix hidden = Matrix::Zero(count, size);
-    Matrix cell = Matrix::Zero(count, size);
+    LstmSteps steps{Matrix(inputs.rows(), size), Matrix(inputs.rows(), size)};
+    Matrix hidden(count, size);
+    Matrix cell(count, size);
+    for (Eigen::Index s = 0; s < count; ++s) {
+      const auto sentence = static_cast<Eigen::Index>(order[static_cast<std::size_t>(s)]);
+      hidden.row(s) = begin.output.row(sentence);
+      cell.row(s) = begin.cell.row(sentence);
+    }
     Matrix step(count, 4 * size);
     Eigen::Index running = count;
     for (Eigen::Index t = 0;; ++t) {
@@ -47,10 +65,11 @@ class LstmLayer {
         cell.row(s) =
             part(1).logistic() * cell.row(s).array() + part(0).logistic() * part(2).tanh();
         hidden.row(s) = part(3).logistic() * cell.row(s).array().tanh();
-        outputs.row(row) = hidden.row(s);
+        steps.output.row(row) = hidden.row(s);
+        steps.cell.row(row) = cell.row(s);
       }
     }
-    return outputs;
+    return steps;
   }
 
  private:

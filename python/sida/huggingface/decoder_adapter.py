@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a decoder that follows transformers' experts interface keeps what predictors deal with."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sida.huggingface.adapter import integer_tensor
+from sida.huggingface.layers_adapter import LayersAdapter
+
+ROUTERS = ("gate", "router")
+"""Names that MoE layers have for their router."""
+ROUTING_CONFIG = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "norm_topk_prob")
+"""What of a config says how tokens are routed, beside the weights."""
+NOT_FORETOLD = (
+    "sida foretells the routing of models that have one stack with MoE layers, token embeddings "
+    "that it looks up, and a router named gate or router in every one of those layers; offload "
+    'this model without predictor= and with routing="exact"'
+)
+
+
+class DecoderAdapter(LayersAdapter):
+    """The part of an adapter that foretells a decoder's routing: routers beside the experts.
+
+    A token may be foretold only from those before it.
+    """
+
+    causal = True
+    num_experts: int
+    top_k: int
+
+    def find_predictable(self) -> list[int]:
+        """Return the layers whose routing can be foretold: all of them, or none."""
+        if len(self.stacks()) != 1 or self._embedding() is None:
+            return []
+        if not all(isinstance(self._router(i), nn.Module) for i in range(len(self._layers))):
+            return []
+        return list(range(len(self._layers)))
+
+    def choices(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return what a layer's router chooses; see `ExpertAdapter.choices`."""
+        router = self._router(layer)
+        if not isinstance(router, nn.Module):
+            raise ValueError(f"expected a router named {' or '.join(ROUTERS)}, found none")
+        if router.training:
+            return None
+        # By its class, so that neither its hooks nor what records router logits see the call.
+        arguments = _router_arguments(router, self._layers[layer])
+        output = type(router).forward(router, hidden, **arguments)
+        ids = output[integer_tensor(output)]
+        assert isinstance(ids, Tensor)
+        return ids
+
+    def stack(self) -> nn.Module:
+        """Return the decoder."""
+        if not self.predictable:
+            raise ValueError(NOT_FORETOLD)
+        module: nn.Module = self.stacks()[0].module
+        return module
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Look up the token embeddings."""
+        weight = self._embedding_weight()
+        return F.embedding(input_ids.to(weight.device), weight.detach())
+
+    def routers(self) -> list[nn.Module]:
+        """Return the router of each MoE layer."""
+        self.stack()  # says why there are none
+        return [self._router(layer) for layer in range(len(self._layers))]
+
+    def routing(self, layer: int, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Read what a router returned: logits, experts and weights."""
+        ids = output[integer_tensor(output)]
+        weights = output[_weights_place(output)]
+        rows = ids.numel() // ids.shape[-1]
+        (logits,) = (
+            value
+            for value in output
+            if isinstance(value, Tensor) and value.numel() == rows * self.num_experts
+            if value is not weights and value is not ids
+        )
+        shape = (rows, ids.shape[-1])
+        return logits.detach().view(rows, -1).float(), ids.view(shape), weights.detach().view(shape)
+
+    @contextmanager
+    def forced_routing(self, tables: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Route by table while the context is open; for models that route exactly."""
+
+        def force(ids: Tensor, weights: Tensor) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+                values, place = list(output), integer_tensor(output)
+                own_ids, own_weights = values[place], values[_weights_place(output)]
+                if ids.numel() != own_ids.numel():
+                    raise ValueError(
+                        f"expected routing of {own_ids.numel() // own_ids.shape[-1]} tokens, got "
+                        f"{len(ids)}"
+                    )
+                is_none = ids.to(own_ids.device) < 0
+                forced = weights.to(own_weights).masked_fill(is_none, 0)
+                values[_weights_place(output)] = forced.view_as(own_weights)
+                values[place] = ids.clamp_min(0).to(own_ids).view_as(own_ids)
+                return tuple(values)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer, (ids, weights) in tables.items():
+                router = self._router(layer)
+                hooks.callback(router.register_forward_hook(force(ids, weights)).remove)
+            yield
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of config, embeddings and routers rounded to bfloat16."""
+        config = self.stacks()[0].module.config
+        values = {name: getattr(config, name, None) for name in ROUTING_CONFIG}
+        digest = hashlib.sha256()
+        digest.update(json.dumps([len(self._layers), self.top_k, values]).encode())
+        weights = [self._embedding_weight()]
+        for router in self.routers():
+            weights.extend(router.parameters())
+        for weight in weights:
+            rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(rounded.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _router(self, layer: int) -> Any:
+        parent = self._layers[layer]
+        return next((getattr(parent, name) for name in ROUTERS if hasattr(parent, name)), None)
+
+    def _embedding(self) -> Tensor | None:
+        try:
+            embedding = self.stacks()[0].module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        weight = getattr(embedding, "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+    def _embedding_weight(self) -> Tensor:
+        self.stack()
+        weight = self._embedding()
+        assert weight is not None
+        return weight
+
+
+def _router_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any]:
+    """Return what a router takes beside hidden states: its layer's, by the same name."""
+    parameters = list(inspect.signature(type(router).forward).parameters.values())[2:]
+    names = [
+        p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    return {name: getattr(parent, name) for name in names}
+
+
+def _weights_place(output: tuple[Any, ...]) -> int:
+    """Return the place of the weights among a router's return values: as many as there are ids."""
+    ids = output[integer_tensor(output)]
+    places = [
+        i
+        for i, value in enumerate(output)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == ids.shape
+    ]
+    if not places:
+        raise TypeError(
+            f"expected a router that returns as many weights as expert ids, {list(ids.shape)}"
+        )
+    # The order of most is (logits, weights, ids): with as many choices as experts, the latter two.
+    return places[-1]
