@@ -87,7 +87,6 @@ def fit_predictor(
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
     if not adapter.predictable:
-        adapter.stack()  # says why there is none
         raise ValueError("the model has no MoE layer whose routing could be foretold")
     if adapter.causal:
         kind = kind_for_decoder(kind)
