@@ -194,7 +194,7 @@ def test_predictors_are_refused_by_name() -> None:
     model = make_own(Moe)
     with pytest.raises(ValueError, match="no MoE layer whose routing could be foretold"):
         sida.train_predictor(model, [make_ids()], steps=1)
-    with pytest.raises(ValueError, match="Switch Transformers' encoders only"):
+    with pytest.raises(ValueError, match="sida does not foretell this model's routing"):
         sida.offload(model, memory=0.25, routing="predicted", predictor="no-such-file")
 
 
