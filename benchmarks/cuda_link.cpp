@@ -72,7 +72,7 @@ struct Engine {
   Engine(CudaBackend& backend, std::size_t slab, std::size_t chunk, int threads)
       : cache(backend,
               std::make_shared<PinnedStore>(backend, std::make_shared<ZeroStore>(2, 64, slab),
-                                            128 * slab, 16),
+                                            128 * slab, FillReport{}, 16),
               Budget::experts(80)),
         scheduler(backend, cache, options(chunk, threads)) {}
   static SchedulerOptions options(std::size_t chunk, int threads) {
