@@ -10,7 +10,6 @@ can be while reading alone: what is written is known when the token before is do
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,10 +27,6 @@ import sida
 from sida.cli.replay import Recording, load_recording
 from sida.torch import Predictor
 
-sys.path.append(str(harness.ROOT / "examples" / "train_decoder"))
-
-from train_routing_predictor import foretell
-
 MODEL = harness.ROOT / "models" / "texts-olmoe-32"
 SHARES = (10, 25, 50, 75)
 """Percent of the experts that fit."""
@@ -41,8 +36,9 @@ TOKENS, PROMPT = 48, 12
 TEMPERATURE = 0.8
 LINK, LAYER_SECONDS = 1e9, 1e-3
 """Of replays with tables, since over an infinite link every expert would arrive at once."""
-CANDIDATES = 8
-"""Experts that a predictor names for a token."""
+PREDICTOR = MODEL / "predictor.safetensors"
+WAYS = {"look-ahead": None, "predictor": PREDICTOR}
+"""Predictors of the runs."""
 
 
 @dataclass(frozen=True)
@@ -105,27 +101,15 @@ def offload_and_run(
         return off.stats(), load_recording(path), tokens
 
 
-def tables_of(
-    predictor: Predictor, model: Any, tokens: list[list[int]], routing: sida.HashTable
-) -> sida.HashTable:
-    """What a predictor foretells of each pass of a run, from the tokens before and at it.
-
-    Its probabilities are of one expert, and add up to 1; a token uses several.
-    """
-    named = [
-        foretell(predictor, model.get_input_embeddings(), torch.tensor(row), CANDIDATES)
-        for row in tokens
-    ]
-    ids, probs, scale = (torch.cat(parts, 1).numpy() for parts in zip(*named, strict=True))
-    return sida.HashTable(
-        layers=routing.layers,
-        candidates=CANDIDATES,
-        keys=routing.keys,
-        offsets=routing.offsets,
-        ids=ids.astype(np.int32),
-        probs=np.minimum(1, probs * routing.candidates),
-        scale=scale,
-    )
+@torch.no_grad()
+def named_by(
+    predictor: Predictor, model: Any, tokens: list[list[int]], count: int
+) -> NDArray[np.int64]:
+    """The experts [layers, tokens, count] that a predictor names, text by text."""
+    embed = model.get_input_embeddings()
+    rows = [torch.tensor(row)[None] for row in tokens]
+    named = [predictor.predict(embed(ids), torch.ones_like(ids), count).ids[:, 0] for ids in rows]
+    return torch.cat(named, 1).numpy()
 
 
 def replay(
@@ -157,22 +141,25 @@ def alone(recording: Recording, share: int) -> dict[str, dict[str, float]]:
 
 
 def named_beforehand(
-    routing: sida.HashTable, foretold: sida.HashTable, stats: Mapping[str, Any]
+    routing: sida.HashTable, named: NDArray[np.int64], stats: Mapping[str, Any]
 ) -> dict[str, list[float | None]]:
     """For each layer, which part of a token's experts is named beforehand, and by what.
 
-    Each names as many experts as a token uses.
+    Args:
+        routing: Of a run.
+        named: [layers, tokens, experts] by the predictor, as many as a token uses.
+        stats: Of the same run with look-ahead.
     """
-    ids, named = np.asarray(routing.ids), np.asarray(foretold.ids)
+    ids = np.asarray(routing.ids)
 
-    def part(used: NDArray[np.int32], guesses: NDArray[np.int32]) -> list[float | None]:
+    def part(used: NDArray[Any], guesses: NDArray[Any]) -> list[float | None]:
         known = (used[..., None] == guesses[:, :, None, :]).any(-1)
         return [round(float(share), 4) for share in known.mean((1, 2))]
 
     return {
         "token before": part(ids[:, 1:], ids[:, :-1]),
         "look-ahead": [layer["look_ahead"]["hit_rate"] for layer in stats["layers"]],
-        "predictor": part(ids, named[..., : ids.shape[-1]]),
+        "predictor": part(ids, named),
     }
 
 
@@ -180,25 +167,30 @@ def measure() -> dict[str, Any]:
     """Return hit rates of every task, budget and way."""
     torch.set_num_threads(1)  # products as small as these are faster so
     model = OlmoeForCausalLM.from_pretrained(MODEL).eval()
-    predictor = sida.load_predictor(MODEL / "predictor.safetensors")
+    predictor = sida.load_predictor(PREDICTOR)
     found: dict[str, Any] = {}
     for task in load_tasks():
         _, recording, expected = offload_and_run(model, task, SHARES[-1], False)
-        foretold = tables_of(predictor, model, expected, recording.routing)
-        ahead = {"predictor": foretold, "recorded": recording.routing}
+        routing = recording.routing
         rates: dict[str, Any] = {}
         for share in SHARES:
-            stats, _, tokens = offload_and_run(model, task, share, None)
-            if tokens != expected:
-                raise AssertionError(f"{task.name}: other tokens at {share} % of the experts")
-            rates[str(share)] = {**alone(recording, share), "look-ahead": shares(stats)}
-            for name, tables in ahead.items() if task.given == TOKENS else ():
-                rates[str(share)][name] = shares(replay(recording, share, "auto", tables))
+            rates[str(share)] = alone(recording, share)
+            for way, made_by in WAYS.items():
+                stats, _, tokens = offload_and_run(model, task, share, made_by)
+                if tokens != expected:
+                    raise AssertionError(f"{task.name}, {way}: other tokens at {share} %")
+                rates[str(share)][way] = shares(stats)
+                if way == "look-ahead":
+                    ahead = stats
+            if task.given == TOKENS:
+                tables = shares(replay(recording, share, "auto", routing))
+                rates[str(share)]["recorded"] = tables
             print(task.name, share, rates[str(share)], flush=True)
-        layers = named_beforehand(recording.routing, foretold, stats)
-        found[task.name] = {"rates": rates, "layers": layers}
+        named = named_by(predictor, model, expected, routing.candidates)
+        found[task.name] = {"rates": rates, "layers": named_beforehand(routing, named, ahead)}
     return {
         "model": MODEL.name,
+        "predictor": predictor.kind,
         "experts": recording.experts * recording.routing.layers,
         "excerpts": len(load_tasks()[0].rows),
         "tokens": TOKENS,

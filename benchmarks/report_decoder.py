@@ -17,7 +17,7 @@ WAYS = {
     "auto": "cache alone, auto",
     "belady": "cache alone, Belady's rule",
     "look-ahead": "look-ahead",
-    "predictor": "trained predictor, one token ahead",
+    "predictor": "trained predictor",
     "recorded": "recorded tables, one token ahead",
 }
 POLICIES = ("fifo", "lru", "lfu", "auto")
@@ -63,13 +63,12 @@ def decoder_gains(results: Results) -> str:
                 ("predictor", "the trained predictor"),
                 ("belady", "Belady's rule without foretelling"),
             )
-            if way in rates
         )
         lines.append(
             f"- **{name.capitalize()}** with a quarter of the experts: the best cache alone has "
             f"{_percent(rates[best]['hits'])} ({best}) of what is asked for, {others}. Look-ahead "
-            f"brings {rates['look-ahead']['loads'] / rates['auto']['loads']:.2f} times as many "
-            "experts as auto alone."
+            f"brings {_times(rates, 'look-ahead')} times as many experts as auto alone, the "
+            f"predictor {_times(rates, 'predictor')} times."
         )
     worst = max(
         (
@@ -142,6 +141,10 @@ def _cell(counts: Mapping[str, float]) -> str:
     late = counts["late"]
     more = f" + {_percent(late)} late" if late >= 0.005 else ""
     return f"{_percent(counts['hits'])}{more} ({counts['loads']:.1f})"
+
+
+def _times(rates: Mapping[str, Any], way: str) -> str:
+    return f"{rates[way]['loads'] / rates['auto']['loads']:.2f}"
 
 
 def _in_time(counts: Mapping[str, float]) -> float:

@@ -66,24 +66,23 @@ def test_a_replay_is_what_a_run_without_tables_does(
             assert rates["late"] == 0
 
 
-def test_tables_name_what_the_predictor_names_of_each_beginning(
+def test_what_the_predictor_names_is_put_beside_the_passes_of_its_token(
     benchmark: ModuleType, model: Any, tasks: list[Any]
 ) -> None:
     _, recording, tokens = benchmark.offload_and_run(model, tasks[0], 50, False)
-    routing = recording.routing
-    network = make_network("lstm", 32, recording.experts, routing.layers, hidden_size=16)
+    layers = recording.routing.layers
+    network = make_network("causal_lstm", 32, recording.experts, layers, hidden_size=16)
     predictor = Predictor(
-        "lstm", network, layers=routing.layers, heads=[*range(routing.layers)], fingerprint="none"
+        "causal_lstm", network, layers=layers, heads=[*range(layers)], fingerprint="none"
     )
-    found = benchmark.tables_of(predictor, model, tokens, routing)
-    assert found.keys == routing.keys and found.offsets == routing.offsets
+    found = benchmark.named_by(predictor, model, tokens, 2)
+    assert found.shape == (layers, recording.routing.tokens, 2)
     for row, place in ((0, 0), (0, 7), (1, 30)):
         beginning = torch.tensor(tokens[row][: place + 1])[None]
         with torch.no_grad():
             embeddings = model.get_input_embeddings()(beginning)
-        named = predictor.predict(embeddings, torch.ones_like(beginning), benchmark.CANDIDATES)
-        got = np.asarray(found.ids)[:, row * len(tokens[0]) + place]
-        assert got[:, : named.ids.shape[-1]].tolist() == named.ids[:, 0, -1].tolist()
+        named = predictor.predict(embeddings, torch.ones_like(beginning), 2).ids[:, 0, -1]
+        assert found[:, row * len(tokens[0]) + place].tolist() == named.tolist()
 
 
 def test_what_is_named_beforehand_is_counted_layer_by_layer(
@@ -91,8 +90,8 @@ def test_what_is_named_beforehand_is_counted_layer_by_layer(
 ) -> None:
     stats, recording, _ = benchmark.offload_and_run(model, tasks[0], 50, None)
     routing = recording.routing
-    found = benchmark.named_beforehand(routing, routing, stats)
     ids = np.asarray(routing.ids)
+    found = benchmark.named_beforehand(routing, ids, stats)
     for layer, part in enumerate(found["token before"]):
         pairs = zip(ids[layer, :-1].tolist(), ids[layer, 1:].tolist(), strict=True)
         shares = [len(set(now) & set(before)) / len(now) for before, now in pairs]
