@@ -65,6 +65,7 @@ class PredictedTables:
             )
         self.state_size: int = predictor.state_size if adapter.causal else 0
         self._predictor = predictor
+        self._top_k = adapter.top_k
         self._candidates = max(CANDIDATES, adapter.top_k)
 
     def build(self, key: int, embeddings: Callable[[], Tensor], mask: Tensor) -> HashTable:
@@ -72,7 +73,7 @@ class PredictedTables:
         values = _in_ram(embeddings())
         table = self._predictor.predict(values, mask, key=key, candidates=self._candidates)
         assert isinstance(table, HashTable)
-        return table
+        return _of_choices(table, self._top_k)
 
     def advance(
         self, key: int, embeddings: Tensor, mask: Tensor, past: Tensor
@@ -87,7 +88,22 @@ class PredictedTables:
             key=key,
             candidates=self._candidates,
         )
-        return table, states
+        return _of_choices(table, self._top_k), states
+
+
+def _of_choices(table: HashTable, top_k: int) -> HashTable:
+    """Make of probabilities of one choice, which add up to 1, those of any of a token's choices."""
+    if top_k == 1:
+        return table
+    return HashTable(
+        layers=table.layers,
+        candidates=table.candidates,
+        keys=table.keys,
+        offsets=table.offsets,
+        ids=table.ids,
+        probs=np.minimum(1, top_k * table.probs),
+        scale=table.scale,
+    )
 
 
 def _in_ram(embeddings: Tensor) -> Tensor:
