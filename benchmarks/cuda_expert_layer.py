@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time of one expert layer on a GPU: sida's kernels, vLLM's Triton kernel, torch's grouped_mm.
 
+Where the dtype is not bfloat16, it is a loop over experts with two products of cuBLAS each that
+sida's kernels stand beside; in float32 without TF32, as sida's compute. The loop has its rows from
+the host, once, and keeps them: what it would cost to bring each call's rows there is not counted.
+
 All run in one process on the same tensors, each in a CUDA graph, in turn, with cold L2 (256 MB are
 read before each run) and new routing each repetition. Experts lie in shuffled slots. Triton's tiles
 are tuned first for each shape and token count; the tiles and what they took are in the result.
@@ -320,6 +324,7 @@ def measure(
         "tokens": tokens,
         "routing": routing,
         "dtype": str(dtype).split(".")[1],
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
     if dtype == torch.bfloat16:
         from triton_moe import TritonLayer, options_for
@@ -374,7 +379,7 @@ def measure(
 def summary(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     times = row["median_us"]
-    base = times.get("triton")
+    base = times.get("triton") or times.get("cublas_loop")
     shown = "  ".join(f"{label} {time:.1f}" for label, time in times.items())
     ratio = f"  {base / times['sida tuned']:.2f}x" if base and "sida tuned" in times else ""
     worst = max(row["errors"].values(), default=0)
@@ -397,6 +402,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--tiles", help="a result of this program, whose tiles Triton takes")
     options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
     library = ctypes.CDLL(options.library)
     for function in (library.expert_layer_plan_bytes, library.expert_layer_workspace_bytes):
         function.restype = ctypes.c_uint64

@@ -92,14 +92,14 @@ def gpu_fewer(results: Results) -> str:
 
 
 def gpu_layers(results: Results) -> str:
-    """One layer: sida beside Triton and grouped_mm."""
+    """One layer: sida beside Triton, grouped_mm and a loop over cuBLAS."""
     if "cuda_expert_layer" not in results:
         return nothing()
     rows = []
     for row in results["cuda_expert_layer"]["rows"]:
         times = row["median_us"]
         own = times["sida tuned"]  # the kernel that sida itself chooses
-        others = (times.get("triton"), times.get("grouped_mm"))
+        others = [times.get(name) for name in ("triton", "grouped_mm", "cublas_loop")]
         rows.append(
             (
                 f"{row['shape']}, {row['dtype']}, {row['routing']}",
@@ -109,8 +109,9 @@ def gpu_layers(results: Results) -> str:
                 *(f"{other / own:.2f}" if other else "" for other in others),
             )
         )
-    head = ("layer", "tokens", "sida, µs", "Triton, µs", "grouped_mm, µs")
-    return table((*head, "× Triton", "× grouped_mm"), rows)
+    peers = ("Triton", "grouped_mm", "cuBLAS")
+    head = ("layer", "tokens", "sida, µs", *(f"{peer}, µs" for peer in peers))
+    return table((*head, *(f"× {peer}" for peer in peers)), rows)
 
 
 def gpu_link(results: Results) -> str:
@@ -133,6 +134,25 @@ def gpu_link(results: Results) -> str:
     ]
     head = ("threads", "chunk, MiB", "GB/s", "of plain copies", "demand alone, µs")
     return table((*head, "behind 64 prefetches, µs", "at worst, µs"), rows)
+
+
+def gpu_call(results: Results) -> str:
+    """What a call keeps the calling thread for."""
+    if "cuda_layer_call" not in results:
+        return nothing()
+    found = results["cuda_layer_call"]
+    names = {
+        "own_layer": "`OffloadedExperts`",
+        "own_layer_to_out": "`OffloadedExperts`, with `out=`",
+        "model_layer": "a layer of an offloaded model",
+        "small_op": "one elementwise operation of torch's",
+    }
+    rows = [
+        (name, *(f"{1e6 * found['seconds'][key][kind]:.1f}" for kind in ("median", "minimum")))
+        for key, name in names.items()
+    ]
+    shown = table(("a call of", "median, µs", "minimum, µs"), rows)
+    return f"{shown}\n\n{targets_table(found['targets'])}"
 
 
 def gpu_targets(results: Results) -> str:
@@ -175,6 +195,7 @@ BLOCKS = {
         gpu_fewer,
         gpu_layers,
         gpu_link,
+        gpu_call,
         gpu_targets,
     )
 }
