@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders on a GPU: a token at batch 1, and a prompt, with all and with fewer experts there.
+
+`R` is sida's own time with all experts resident, `M` the bytes that were moved at the rate of the
+link in this run. Peers run on the same weights in the same process, token by token in turns; every
+one has a cache of its own and reads the same tokens. See decoder_models.py for what is random.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from decoder_models import SHAPES, SMALL, Shape, half_on_host, make_decoder, text
+from torch import Tensor
+
+import sida
+
+SHARES = (0.75, 0.5, 0.25)
+PROMPT, LONG_PROMPT = 32, 512
+ROUND = 8
+"""Tokens whose times are added: with few experts they differ much from one to the next."""
+BATCHED_BYTES = 40 << 30
+"""batched_mm copies every token's experts: prompts for which that is more are left out."""
+TIMES_ACCELERATE = {"qwen3-30b": 40, "mixtral": 15}
+"""At 50 %, against accelerate with half of the layers' experts on the host."""
+LLAMA_CPP = 29.8
+"""Tokens a second with half of the layers' experts on the CPU, Qwen3-30B's shape, 48 layers, on an
+H200 with 16 cores (llama.cpp 0c1e57098): not measured in the same run."""
+LAYER_SECONDS = 40e-6
+"""What sida may add to a layer's call on the calling thread."""
+GRAPHED = 4
+"""Walks through all layers in a CUDA graph."""
+
+
+def wait() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def finished(run: Callable[[], object]) -> float:
+    """Return the seconds from a call to the end of its work."""
+    wait()
+    begin = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - begin
+
+
+class Decoding:
+    """A model that reads tokens one by one behind a prompt.
+
+    Args:
+        model: The model.
+        tokens: [1, tokens], the prompt first.
+        experts: The implementation of transformers' that computes its experts, where it does.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, experts: str | None = None) -> None:
+        self._model, self._tokens, self._experts = model, tokens, experts
+        self.begin()
+
+    def begin(self) -> None:
+        """Read the prompt, with nothing before it."""
+        from transformers import DynamicCache
+
+        self._use()
+        self._cache, self._at = DynamicCache(), PROMPT
+        self._read(self._tokens[:, :PROMPT])
+
+    def token(self) -> float:
+        """Read the next token; its seconds."""
+        self._use()
+        token = self._tokens[:, self._at : self._at + 1]
+        self._at += 1
+        return finished(lambda: self._read(token))
+
+    def prompt(self, ids: Tensor) -> float:
+        """Read another prompt by itself; its seconds."""
+        self._use()
+        return finished(lambda: self._model(input_ids=ids, use_cache=False))
+
+    def _use(self) -> None:
+        if self._experts:
+            self._model.set_experts_implementation(self._experts)
+
+    def _read(self, ids: Tensor) -> Any:
+        return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+
+
+def rate(bytes_of_one: int, run: Callable[[], object]) -> float:
+    """Return the bytes a second of the fastest of some runs."""
+    return bytes_of_one / min(finished(run) for _ in range(8))
+
+
+def link_peak(device: str) -> float:
+    """Return the bytes a second at which large pinned memory reaches the GPU."""
+    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=device == "cuda")
+    target = torch.empty_like(source, device=device)
+    return rate(len(source), lambda: target.copy_(source, non_blocking=True))
+
+
+def read_peak(device: str) -> float:
+    """Return the bytes a second at which the GPU reads its memory."""
+    values = torch.ones((2 << 30) // 8 if device == "cuda" else 1 << 20, device=device).double()
+    return rate(values.nbytes, values.sum)
+
+
+def skew(off: sida.Offloaded, ids: Tensor) -> float:
+    """Return the share of a layer's uses that its most used tenth of experts has."""
+    off.reset_stats()
+    off.model(input_ids=ids, use_cache=False)
+    with tempfile.TemporaryDirectory() as folder:
+        table = off.record(Path(folder) / "table")
+    shares, experts = [], off.stats()["total_experts"] // table.layers
+    for layer in table.ids:
+        uses = np.sort(np.bincount(layer.ravel(), minlength=experts))[::-1]
+        shares.append(float(uses[: max(1, len(uses) // 10)].sum() / uses.sum()))
+    return statistics.mean(shares)
+
+
+def resident(
+    ours: Any, model: Any, tokens: Tensor, turns: int, batched_bytes: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Time a token and a prompt in the ways in which everything is resident."""
+    ways = {"sida": Decoding(ours, tokens)} | {
+        name: Decoding(model, tokens, name) for name in ("eager", "grouped_mm", "batched_mm")
+    }
+    decode = harness.interleave({name: way.token for name, way in ways.items()}, turns)
+    if batched_bytes > BATCHED_BYTES:
+        del ways["batched_mm"]
+    prompt = tokens[:, :LONG_PROMPT]
+    timed = {name: functools.partial(way.prompt, prompt) for name, way in ways.items()}
+    return decode, harness.interleave(timed, max(5, turns // 4))
+
+
+def fewer(
+    handles: dict[str, sida.Offloaded], tokens: Tensor, own: float, peak: float, rounds: int
+) -> dict[str, Any]:
+    """Time tokens with and without look-ahead, in turns; seconds and bytes of a token."""
+    ways = {name: Decoding(off.model, tokens) for name, off in handles.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    moved: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 2):
+        for name, way in ways.items():
+            before = handles[name].stats()["bytes_moved"]
+            took = sum(way.token() for _ in range(ROUND))
+            if turn > 1:
+                seconds[name].append(took / ROUND)
+                moved[name].append((handles[name].stats()["bytes_moved"] - before) / ROUND)
+    figures: dict[str, Any] = {}
+    for name in ways:
+        moving = statistics.mean(moved[name]) / peak
+        found = {**harness.summary(seconds[name]), "moving": moving}
+        found["over_bound"] = statistics.mean(seconds[name]) / (own + moving)
+        stats = handles[name].stats()
+        found |= {"hit_rate": stats["hit_rate"], "foretold": stats["look_ahead"]["hit_rate"]}
+        figures[name] = found
+    return figures
+
+
+def prompts(off: sida.Offloaded, tokens: Tensor, own: float, peak: float, turns: int) -> Any:
+    """Time a long prompt, each time another, with look-ahead."""
+    way = Decoding(off.model, tokens)
+    seconds, moving, first = [], [], []
+    for turn in range(turns + 1):
+        begin = turn * LONG_PROMPT % (tokens.shape[1] - LONG_PROMPT)
+        off.reset_stats()
+        took = way.prompt(tokens[:, begin : begin + LONG_PROMPT])
+        stats = off.stats()
+        if turn:
+            seconds.append(took)
+            moving.append(stats["bytes_moved"] / peak)
+            first.append(stats["layers"][0]["misses"] * stats["slot_bytes"] / peak)
+    bound = max(own, statistics.mean(moving)) + statistics.mean(first)
+    return {
+        **harness.summary(seconds),
+        "moving": statistics.mean(moving),
+        "first_layer": statistics.mean(first),
+        "over_bound": statistics.mean(seconds) / bound,
+    }
+
+
+def accelerated(model: Any, tokens: Tensor, device: str) -> dict[str, Any]:
+    """Time a token and a prompt with every second layer's experts on the host."""
+    model.set_experts_implementation("grouped_mm")
+    way = Decoding(half_on_host(model, device), tokens)
+    prompt = tokens[:, :LONG_PROMPT]
+    return {
+        "token": harness.summary([way.token() for _ in range(5)][1:]),
+        "prompt": harness.summary([way.prompt(prompt) for _ in range(3)][1:]),
+    }
+
+
+class Blocks:
+    """The MoE blocks of a model, and their experts alone, on inputs like a token's."""
+
+    def __init__(self, model: Any, hidden_size: int, device: str, experts: str | None) -> None:
+        self._model, self._experts = model, experts
+        self._blocks = [layer.mlp for layer in model.model.layers]
+        torch.manual_seed(1)
+        make: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        self._inputs = [torch.randn(1, 1, hidden_size, **make) for _ in self._blocks]
+        self._routed = []
+        for block, hidden in zip(self._blocks, self._inputs, strict=True):
+            _, weights, ids = block.gate(hidden.view(1, -1))
+            self._routed.append((hidden.view(1, -1), ids, weights))
+
+    def use(self) -> None:
+        """Let this way compute what follows."""
+        if self._experts:
+            self._model.set_experts_implementation(self._experts)
+
+    def blocks(self) -> None:
+        """Run every layer's router and experts."""
+        for block, hidden in zip(self._blocks, self._inputs, strict=True):
+            block(hidden)
+
+    def experts(self) -> None:
+        """Run every layer's experts."""
+        for block, routed in zip(self._blocks, self._routed, strict=True):
+            block.experts(*routed)
+
+
+def blocks_alone(
+    ways: dict[str, Blocks], layers: int, turns: int, graphs: bool
+) -> dict[str, dict[str, Any]]:
+    """Time blocks and experts alone: on the calling thread, to the end, and in a CUDA graph."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in ("blocks", "experts"):
+        runs = {name: getattr(way, part) for name, way in ways.items()}
+
+        def thread(name: str, runs: dict[str, Any] = runs) -> float:
+            ways[name].use()
+            wait()
+            begin = time.perf_counter()
+            runs[name]()
+            return (time.perf_counter() - begin) / layers
+
+        def eager(name: str, runs: dict[str, Any] = runs) -> float:
+            ways[name].use()
+            return finished(runs[name]) / layers
+
+        for what, timed in (("thread", thread), ("eager", eager)):
+            candidates = {name: functools.partial(timed, name) for name in ways}
+            found[f"{part}_{what}"] = harness.interleave(candidates, turns)
+    if graphs:
+        for part in ("experts", "blocks"):
+            found[f"{part}_graph"] = in_graphs(ways, part, layers, turns)
+    return found
+
+
+def in_graphs(ways: dict[str, Blocks], part: str, layers: int, turns: int) -> dict[str, Any]:
+    """Time what can be captured; what cannot, says why."""
+    graphs: dict[str, Callable[[], float]] = {}
+    refused: dict[str, Any] = {}
+    for name, way in ways.items():
+        way.use()
+        try:
+            graph = captured(getattr(way, part))
+        except RuntimeError as error:
+            refused[name] = {"refused": str(error).splitlines()[0]}
+            continue
+        graphs[name] = functools.partial(_replayed, graph, layers)
+    return {**harness.interleave(graphs, turns), **refused}
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return a graph of some runs."""
+    aside: Any = torch.cuda.Stream  # torch has no types for it
+    with torch.cuda.stream(aside()):
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPHED):
+            run()
+    return graph
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, layers: int) -> float:
+    make: Any = torch.cuda.Event  # torch has no types for it
+    begin, end = make(enable_timing=True), make(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / (layers * GRAPHED)
+
+
+def free_memory() -> None:
+    """Give back what torch keeps for its next tensors: sida's arena does not come from there."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def bring_all(off: sida.Offloaded, tokens: Tensor) -> None:
+    """Read text until every expert is resident, or no more of it brings any."""
+    for begin in range(0, tokens.shape[1], LONG_PROMPT):
+        off.model(input_ids=tokens[:, begin : begin + LONG_PROMPT], use_cache=False)
+    stats = off.stats()
+    print(f"{stats['resident_experts']} of {stats['total_experts']} experts are resident")
+
+
+def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
+    """Return the figures of one shape."""
+    device, turns = options.device, options.repetitions
+    peaks = {"link": link_peak(device), "read": read_peak(device)}
+    tokens = text(8 * LONG_PROMPT, device)
+    model = make_decoder(shape, device)
+    result: dict[str, Any] = {
+        "layers": shape.layers,
+        "link_bytes_per_second": peaks["link"],
+        "read_bytes_per_second": peaks["read"],
+        "accelerate": accelerated(model, tokens, device),
+    }
+    free_memory()
+    off = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
+    free_memory()
+    plain = sida.offload(copy.deepcopy(model), memory=0.25, device=device, predictor=False)
+    free_memory()
+    with off, plain:
+        bring_all(off, tokens)
+        result["most_used_tenth"] = skew(off, tokens[:, :2048])
+        top_k, slot = model.config.num_experts_per_tok, off.stats()["slot_bytes"]
+        result["expert_bytes"], result["top_k"] = slot, top_k
+        result["resident"], result["prompt_resident"] = resident(
+            off.model, model, tokens, turns, LONG_PROMPT * top_k * slot
+        )
+        hidden_size = model.config.hidden_size
+        ways = {"sida": Blocks(off.model, hidden_size, device, None)} | {
+            peer: Blocks(model, hidden_size, device, peer) for peer in ("grouped_mm", "batched_mm")
+        }
+        result["alone"] = blocks_alone(ways, shape.layers, turns, device == "cuda")
+        own = result["resident"]["sida"]["median"]
+        own_prompt = result["prompt_resident"]["sida"]["median"]
+        for share in SHARES:
+            off.resize(share)
+            plain.resize(share)
+            for handle in (off, plain):  # fills the slots
+                handle.model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)
+                handle.reset_stats()
+            few: dict[str, Any] = fewer(
+                {"no_prediction": plain, "look_ahead": off},
+                tokens[:, LONG_PROMPT:],
+                own,
+                peaks["link"],
+                max(4, turns // 4),
+            )
+            few["prompt"] = prompts(off, tokens, own_prompt, peaks["link"], max(4, turns // 4))
+            result[f"{share:.0%}"] = few
+    result["targets"] = targets(name, result)
+    return result
+
+
+def targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hold the figures of a shape against what was promised."""
+    kept = []
+
+    def hold(what: str, figure: float, **limit: float) -> None:
+        kept.append(harness.target(f"{name}, {what}", figure, **limit))
+
+    for share in SHARES:
+        few = found[f"{share:.0%}"]
+        place = f"a token, {share:.0%}"
+        for way, what in (("no_prediction", "without prediction"), ("look_ahead", "look-ahead")):
+            hold(f"{place}, {what}, time / (R + M)", few[way]["over_bound"], at_most=1.10)
+        over = few["prompt"]["over_bound"]
+        hold(
+            f"a prompt, {share:.0%}, time / (max(R, M) + first layer's misses)", over, at_most=1.15
+        )
+    half = found["50%"]
+    if name in TIMES_ACCELERATE:
+        times = found["accelerate"]["token"]["median"] / half["no_prediction"]["median"]
+        limit = TIMES_ACCELERATE[name]
+        hold("a token, 50 %, against accelerate, times as fast", times, at_least=limit)
+    if name == "qwen3-30b":
+        fastest = min(half[way]["median"] for way in ("no_prediction", "look_ahead"))
+        rate_of_48 = found["layers"] / (48 * fastest)
+        what = "50 %, tokens a second of 48 layers (extrapolated), llama.cpp's being 29.8"
+        hold(what, rate_of_48, at_least=LLAMA_CPP)
+    for what, key in (("a token", "resident"), ("a prompt", "prompt_resident")):
+        times = {who: figures["median"] for who, figures in found[key].items()}
+        peers = {who: times[who] for who in ("grouped_mm", "batched_mm") if who in times}
+        peer = min(peers, key=lambda who: peers[who])
+        against = f"{what}, 100 %, against {peer}, times as fast"
+        hold(against, peers[peer] / times["sida"], at_least=1.0)
+    alone = found["alone"]
+    for way, what in (("eager", "called eagerly"), ("graph", "in a CUDA graph")):
+        times = {who: t.get("median") for who, t in alone.get(f"blocks_{way}", {}).items()}
+        if not times.get("sida"):
+            continue
+        fastest = min(value for who, value in times.items() if value and who != "sida")
+        hold(f"MoE block alone, {what}, times as fast", fastest / times["sida"], at_least=1.2)
+    thread = alone["experts_thread"]["sida"]["median"]
+    hold("calling thread, a layer's experts, µs", 1e6 * thread, at_most=1e6 * LAYER_SECONDS)
+    if in_graph := alone.get("experts_graph", {}).get("sida", {}).get("median"):
+        floor = found["top_k"] * found["expert_bytes"] / found["read_bytes_per_second"]
+        over = in_graph / (1.3 * floor + 10e-6)
+        hold("experts in a CUDA graph, time / (1.3 x floor + 10 µs)", over, at_most=1.0)
+    return kept
+
+
+def measure(options: Any) -> dict[str, Any]:
+    """Return the figures of the shapes that were asked for, beside those recorded before."""
+    path = harness.RESULTS / f"{NAME}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    shapes: dict[str, Any] = dict(before.get("shapes", {}))
+    for name in options.shape or SHAPES:
+        shape = SHAPES[name]
+        if options.small:
+            small = {key: value for key, value in SMALL.items() if key in shape.config}
+            shape = Shape(shape.family, {**shape.config, **small})
+        origin = harness.provenance()
+        shapes[name] = {key: origin[key] for key in ("commit", "command", "date")}
+        shapes[name] |= measure_shape(name, shape, options)
+        print(name, json.dumps(shapes[name]), flush=True)  # kept, whatever comes after it
+    return {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
+
+
+def all_targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the targets of all shapes."""
+    return [target for name in SHAPES if name in shapes for target in shapes[name]["targets"]]
+
+
+def gpu() -> dict[str, Any]:
+    """Say which GPU and driver this ran on."""
+    if not torch.cuda.is_available():
+        return {}
+    from cuda_encoder import gpu as of_encoder
+
+    return of_encoder()
+
+
+NAME = "cuda_decoder"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--shape", nargs="*", choices=list(SHAPES), help="these alone")
+    parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    # With all experts resident the calling thread sets the pace, and a shared host's clock varies.
+    harness.run(NAME, options, lambda: measure(options), spread=2)
+
+
+if __name__ == "__main__":
+    main()
