@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -19,6 +18,7 @@
 #include "sida/hash/cpu/routing_heads.hpp"
 #include "sida/hash/cpu/transformer_trunk.hpp"
 #include "sida/hash/hash_predictor.hpp"
+#include "sida/hash/predictor_contract.hpp"
 
 namespace sida {
 
@@ -43,10 +43,10 @@ class HashPredictor<CpuBackend> {
   /// @throws InvalidArgument for other shapes or dtypes.
   HashTable predict(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
                     std::uint64_t key, std::int32_t max_candidates = 8) const {
-    check_batch(embeddings, mask, max_candidates);
+    detail::check_batch(parts_->weights, embeddings, mask, max_candidates);
     const std::int64_t sentences = embeddings.shape[0], length = embeddings.shape[1];
-    HashTable table =
-        empty_table(sentences * length, key, std::min(parts_->weights.experts, max_candidates));
+    HashTable table = detail::empty_table(parts_->weights, sentences * length, key,
+                                          std::min(parts_->weights.experts, max_candidates));
     for_each_chunk(sentences, length, mask, [&](const Chunk& chunk) {
       const detail::Matrix rows = rows_of(chunk, embeddings);
       parts_->heads.fill((*parts_->trunk)(rows, chunk.sentences), chunk.tokens, table);
@@ -54,13 +54,10 @@ class HashPredictor<CpuBackend> {
     return table;
   }
   /// Whether advance() can go on: what is foretold of a token depends on none that follows.
-  bool is_causal() const noexcept { return parts_->trunk->is_causal(); }
+  bool is_causal() const noexcept { return detail::is_causal(parts_->weights); }
 
   /// Floats of a token's state; 0 where what is foretold of a token depends on it alone.
-  std::int64_t state_size() const noexcept {
-    const Eigen::Index size = parts_->trunk->state_size();
-    return size == 0 ? 0 : size + 1;
-  }
+  std::int64_t state_size() const noexcept { return detail::state_size(parts_->weights); }
 
   /// As predict(), for the latest tokens of sentences that began earlier, as a decoder meets them.
   ///
@@ -71,17 +68,12 @@ class HashPredictor<CpuBackend> {
   HashTable advance(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
                     const ConstTensorView& past, const TensorView& states, std::uint64_t key,
                     std::int32_t max_candidates = 8) const {
-    check_batch(embeddings, mask, max_candidates);
-    SIDA_EXPECTS(is_causal(),
-                 "advance: expected a predictor of kind causal_lstm or token, which "
-                 "foretell a token from those before it, got '" +
-                     parts_->weights.kind + "'");
+    detail::check_batch(parts_->weights, embeddings, mask, max_candidates);
+    detail::check_states(parts_->weights, embeddings, past, states);
     const std::int64_t sentences = embeddings.shape[0], length = embeddings.shape[1];
-    expect_states(past, sentences, past.shape.size() == 3 ? past.shape[1] : 0, "past");
-    expect_states(states, sentences, length, "states");
     if (states.bytes() > 0) std::memset(states.data, 0, states.bytes());
-    HashTable table =
-        empty_table(sentences * length, key, std::min(parts_->weights.experts, max_candidates));
+    HashTable table = detail::empty_table(parts_->weights, sentences * length, key,
+                                          std::min(parts_->weights.experts, max_candidates));
     for_each_chunk(sentences, length, mask, [&](const Chunk& chunk) {
       std::vector<detail::Matrix> earlier;
       for (std::size_t s = 0; s < chunk.sentences.count(); ++s)
@@ -111,7 +103,9 @@ class HashPredictor<CpuBackend> {
   /// The weights and what views them; never moved.
   struct Parts {
     Parts(PredictorWeights given, Isa isa)
-        : weights(checked(std::move(given))), tensors(weights, isa), heads(tensors, weights) {
+        : weights(detail::checked(std::move(given))),
+          tensors(weights, isa),
+          heads(tensors, weights) {
       if (weights.kind == "lstm") {
         trunk = std::make_unique<detail::LstmTrunk>(tensors, weights);
       } else if (weights.kind == "causal_lstm") {
@@ -121,9 +115,7 @@ class HashPredictor<CpuBackend> {
       } else if (weights.kind == "token") {
         trunk = std::make_unique<detail::TokenTrunk>(tensors, weights);
       } else {
-        throw InvalidArgument(
-            "predictor: expected kind lstm, causal_lstm, transformer or token, got '" +
-            weights.kind + "'");
+        detail::refuse_kind(weights);
       }
       tensors.expect_all_read();
     }
@@ -135,67 +127,6 @@ class HashPredictor<CpuBackend> {
     detail::RoutingHeads heads;
     std::unique_ptr<detail::PredictorTrunk> trunk;
   };
-
-  static PredictorWeights checked(PredictorWeights weights) {
-    for (const auto& [name, size] :
-         {std::pair{"embedding_size", weights.embedding_size},
-          std::pair{"hidden_size", weights.hidden_size}, std::pair{"experts", weights.experts},
-          std::pair{"layers", weights.layers}})
-      SIDA_EXPECTS(size > 0, std::string("predictor: expected ") + name + " > 0, got " +
-                                 std::to_string(size));
-    SIDA_EXPECTS(!weights.heads.empty(), "predictor: expected one head or more, got none");
-    std::int32_t before = -1;
-    for (const std::int32_t head : weights.heads) {
-      SIDA_EXPECTS(head > before && head < weights.layers,
-                   "predictor: expected heads of layers 0 to " +
-                       std::to_string(weights.layers - 1) + " in rising order, got " +
-                       std::to_string(head) + " after " + std::to_string(before));
-      before = head;
-    }
-    SIDA_EXPECTS(std::isfinite(weights.scale_factor) && weights.scale_factor > 0,
-                 "predictor: expected a finite scale_factor > 0, got " +
-                     std::to_string(weights.scale_factor));
-    return weights;
-  }
-
-  HashTable empty_table(std::int64_t tokens, std::uint64_t key, std::int32_t candidates) const {
-    HashTable table;
-    table.layers = parts_->weights.layers;
-    table.candidates = candidates;
-    table.keys = {key};
-    table.offsets = {0, tokens};
-    const std::size_t size = table.index(table.layers, 0, 0);
-    table.ids.assign(size, -1);
-    table.probs.assign(size, 0.0f);
-    table.scale.assign(size, 0.0f);
-    return table;
-  }
-
-  void check_batch(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
-                   std::int32_t max_candidates) const {
-    const std::int32_t size = parts_->weights.embedding_size;
-    SIDA_EXPECTS(embeddings.type == DataType::f32 && embeddings.shape.size() == 3 &&
-                     embeddings.shape[2] == size,
-                 "predict: expected embeddings [B, S, " + std::to_string(size) + "] f32, got " +
-                     embeddings.describe());
-    SIDA_EXPECTS(embeddings.shape[0] >= 0 && embeddings.shape[1] >= 0,
-                 "predict: expected B and S >= 0, got " + embeddings.describe());
-    const std::int64_t tokens = embeddings.shape[0] * embeddings.shape[1];
-    SIDA_EXPECTS(mask.empty() || mask.size() == static_cast<std::size_t>(tokens),
-                 "predict: expected a mask of " + std::to_string(tokens) +
-                     " elements or none, got " + std::to_string(mask.size()));
-    SIDA_EXPECTS(max_candidates >= 1,
-                 "predict: expected max_candidates >= 1, got " + std::to_string(max_candidates));
-  }
-  template <class View>
-  void expect_states(const View& view, std::int64_t sentences, std::int64_t tokens,
-                     const char* name) const {
-    const std::vector<std::int64_t> expected{sentences, tokens, state_size()};
-    SIDA_EXPECTS(view.type == DataType::f32 && view.shape == expected,
-                 "advance: expected " + std::string(name) + " [" + std::to_string(sentences) +
-                     ", " + std::to_string(tokens) + ", " + std::to_string(state_size()) +
-                     "] f32, got " + view.describe());
-  }
 
   /// Calls `work` with some sentences at a time.
   template <class Work>
@@ -225,7 +156,6 @@ class HashPredictor<CpuBackend> {
     return rows;
   }
 
-  // In memory a state is [1 for tokens, 0 for padding; the trunk's].
   detail::Matrix past_of(const ConstTensorView& past, std::int64_t sentence) const {
     const Eigen::Index size = parts_->trunk->state_size(), width = state_size();
     const auto* data = reinterpret_cast<const float*>(past.data) + sentence * past.shape[1] * width;

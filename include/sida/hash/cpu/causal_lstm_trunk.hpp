@@ -22,7 +22,6 @@ class CausalLstmTrunk final : public PredictorTrunk {
         second_(tensors, "_l1", weights.hidden_size),
         residual_(tensors.linear("residual", weights.hidden_size, weights.hidden_size)) {}
 
-  bool is_causal() const noexcept override { return true; }
   Eigen::Index state_size() const noexcept override { return 4 * residual_.weight.rows(); }
 
   Matrix operator()(const Matrix& embeddings, const Sentences& sentences) const override {

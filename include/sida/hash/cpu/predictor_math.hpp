@@ -5,15 +5,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "sida/backend/cpu/f32_product.hpp"
 #include "sida/backend/cpu/isa.hpp"
-#include "sida/core/error.hpp"
-#include "sida/hash/predictor_weights.hpp"
+#include "sida/hash/predictor_tensors.hpp"
 
 namespace sida::detail {
 
@@ -107,14 +105,13 @@ inline Matrix relu(Matrix x) {
 /// Hands out views of a predictor's tensors, each checked against the shape that its kind asks for.
 class TensorReader {
  public:
-  TensorReader(const PredictorWeights& weights, Isa isa) : weights_(weights), multiplier_(isa) {}
+  TensorReader(const PredictorWeights& weights, Isa isa) : tensors_(weights), multiplier_(isa) {}
 
   MatrixMap matrix(const std::string& name, std::int64_t rows, std::int64_t columns) {
-    const PredictorTensor& tensor = find(name, {rows, columns});
-    return {tensor.values.data(), rows, columns};
+    return {tensors_.matrix(name, rows, columns), rows, columns};
   }
   RowMap row(const std::string& name, std::int64_t size) {
-    return {find(name, {size}).values.data(), size};
+    return {tensors_.row(name, size), size};
   }
   Linear linear(const std::string& name, std::int64_t out, std::int64_t in) {
     return {matrix(name + ".weight", out, in), row(name + ".bias", out), multiplier_};
@@ -124,42 +121,11 @@ class TensorReader {
   const Multiplier& multiplier() const noexcept { return multiplier_; }
 
   /// @throws InvalidArgument naming a tensor that nobody asked for.
-  void expect_all_read() const {
-    for (const auto& [name, tensor] : weights_.tensors)
-      SIDA_EXPECTS(read_.count(name) == 1,
-                   "predictor of kind '" + weights_.kind + "': expected no tensor '" + name + "'");
-  }
+  void expect_all_read() const { tensors_.expect_all_read(); }
 
  private:
-  const PredictorTensor& find(const std::string& name, const std::vector<std::int64_t>& shape) {
-    const auto found = weights_.tensors.find(name);
-    const std::string expected = "predictor of kind '" + weights_.kind + "': expected a tensor '" +
-                                 name + "' of shape " + describe(shape);
-    SIDA_EXPECTS(found != weights_.tensors.end(), expected + ", found none");
-    const PredictorTensor& tensor = found->second;
-    SIDA_EXPECTS(tensor.shape == shape, expected + ", got " + describe(tensor.shape));
-    std::size_t left = tensor.values.size();
-    bool whole = left > 0;
-    for (const std::int64_t extent : shape) {
-      whole = whole && left % static_cast<std::size_t>(extent) == 0;
-      left /= static_cast<std::size_t>(extent);
-    }
-    SIDA_EXPECTS(whole && left == 1,
-                 expected + ", got " + std::to_string(tensor.values.size()) + " values");
-    read_.insert(name);
-    return tensor;
-  }
-
-  static std::string describe(const std::vector<std::int64_t>& shape) {
-    std::string text;
-    for (const std::int64_t extent : shape)
-      text += (text.empty() ? "" : ", ") + std::to_string(extent);
-    return "[" + text + "]";
-  }
-
-  const PredictorWeights& weights_;
+  PredictorTensors tensors_;
   Multiplier multiplier_;
-  std::set<std::string> read_;
 };
 
 }  // namespace sida::detail

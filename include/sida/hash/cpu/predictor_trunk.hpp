@@ -21,8 +21,6 @@ class PredictorTrunk {
   /// Hidden states [rows, H] of embeddings [rows, D]. Thread-safe.
   virtual Matrix operator()(const Matrix& embeddings, const Sentences& sentences) const = 0;
 
-  /// Whether what is said of a token depends on none that follows, so that advance() can go on.
-  virtual bool is_causal() const noexcept { return false; }
   /// Floats that are kept of each token; 0: what is said of a token depends on it alone.
   virtual Eigen::Index state_size() const noexcept { return 0; }
   /// As operator() for sentences whose earlier tokens left the states `past`, [tokens,
@@ -42,7 +40,6 @@ class TokenTrunk final : public PredictorTrunk {
   Matrix operator()(const Matrix& embeddings, const Sentences&) const override {
     return relu(compress_(embeddings));
   }
-  bool is_causal() const noexcept override { return true; }
 
  private:
   Linear compress_;

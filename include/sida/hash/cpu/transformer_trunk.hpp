@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "sida/hash/cpu/predictor_trunk.hpp"
+#include "sida/hash/predictor_contract.hpp"
 
 namespace sida::detail {
 
@@ -39,7 +40,7 @@ struct RotaryAngles {
 /// x += attention(norm(x)), then x += down(relu(up(norm(x)))).
 class TransformerBlock {
  public:
-  static constexpr Eigen::Index heads = 4;
+  static constexpr Eigen::Index heads = transformer_heads;
 
   TransformerBlock(TensorReader& tensors, const std::string& name, std::int64_t size)
       : attention_norm_(tensors.row(name + ".attention_norm.weight", size)),
@@ -122,10 +123,7 @@ class TransformerTrunk final : public PredictorTrunk {
         blocks_{TransformerBlock(tensors, "blocks.0", weights.hidden_size),
                 TransformerBlock(tensors, "blocks.1", weights.hidden_size)},
         norm_(tensors.row("norm.weight", weights.hidden_size)) {
-    SIDA_EXPECTS(weights.hidden_size % (2 * TransformerBlock::heads) == 0,
-                 "predictor of kind 'transformer': expected hidden_size to be a multiple of " +
-                     std::to_string(2 * TransformerBlock::heads) + ", got " +
-                     std::to_string(weights.hidden_size));
+    expect_transformer_size(weights);
   }
 
   Matrix operator()(const Matrix& embeddings, const Sentences& sentences) const override {
