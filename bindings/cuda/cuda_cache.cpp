@@ -8,6 +8,7 @@
 #include "sida/ffn/slab_layout.hpp"
 // The backend's headers come first.
 #include "engine_of.hpp"
+#include "kernel_tables.hpp"
 
 namespace sida::bindings {
 namespace {
@@ -45,7 +46,7 @@ class PinnedModel : public AnyPinnedLayers {
 };
 
 std::shared_ptr<AnyPinnedLayers> pin_layers(const MoeConfig& config, const std::string& device) {
-  return std::make_shared<PinnedModel>(CudaBackend(CudaBackend::device_index(device)), config);
+  return std::make_shared<PinnedModel>(open_gpu(device), config);
 }
 
 // The experts where a GPU copies from: in pinned memory, unless they lie there already.
@@ -63,14 +64,14 @@ std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
                                      const std::string& policy, const std::string& device,
                                      std::optional<std::size_t> host_bytes,
                                      const FillReport& report) {
-  const CudaBackend backend(CudaBackend::device_index(device));
+  const CudaBackend backend = open_gpu(device);
   return with_policy(policy, [&]<EvictionPolicy Policy>(Type<Policy>) -> std::shared_ptr<AnyCache> {
     return std::make_shared<Cache<CudaBackend, Policy>>(
         backend, store, pinned(backend, store.store, host_bytes, report), budget);
   });
 }
 
-void check(const std::string& device) { CudaBackend backend(CudaBackend::device_index(device)); }
+void check(const std::string& device) { open_gpu(device); }
 
 }  // namespace
 

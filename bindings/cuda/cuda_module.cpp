@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "cuda_cache.hpp"
+#include "kernel_tables.hpp"
 #include "sida/backend/buffer.hpp"
 #include "sida/backend/cuda_backend.hpp"
 
@@ -41,4 +42,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("copy_rate", &copy_rate, py::arg("device"),
              "Bytes a second from pinned memory to the GPU, measured. Raises CudaError.");
   module.def("devices", &sida::CudaBackend::devices, "The number of GPUs; 0 without a driver.");
+  sida::bindings::bind_kernel_tables(module);
 }

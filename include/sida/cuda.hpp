@@ -6,4 +6,5 @@
 #include "sida/cache/pinned_layers.hpp"
 #include "sida/cache/pinned_store.hpp"
 #include "sida/ffn/expert_ffn_cuda.hpp"
+#include "sida/ffn/kernel_table.hpp"
 #include "sida/schedule/slab_loader_cuda.hpp"

@@ -7,6 +7,7 @@
 #include "sida/io/checkpoint_store.hpp"
 #include "sida/io/config_json.hpp"
 #include "sida/io/hash_table_file.hpp"
+#include "sida/io/kernel_table_file.hpp"
 #include "sida/io/model_config.hpp"
 #include "sida/io/predictor_file.hpp"
 #include "sida/io/safetensors.hpp"

@@ -161,6 +161,12 @@ CudaBackend::CudaBackend(int device) : device_(device), events_(std::make_shared
   check(cudaFree(nullptr), "start device " + std::to_string(device));
 }
 
+std::string CudaBackend::device_name() const {
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device_), "ask for the GPU's name");
+  return properties.name;
+}
+
 void* CudaBackend::allocate(std::size_t bytes) {
   const DeviceScope scope(device_);
   void* data = nullptr;

@@ -10,83 +10,13 @@
 
 #include "device_scope.hpp"
 #include "expert_kernels.hpp"
+#include "layer_shape.hpp"
 #include "pinned_ring.hpp"
 #include "routing_log.hpp"
 #include "sida/backend/buffer.hpp"
 #include "sida/ffn/token_groups.hpp"
 
 namespace sida {
-namespace {
-
-cuda::Dtype kernel_type(DataType type) {
-  switch (type) {
-    case DataType::f32:
-      return cuda::Dtype::f32;
-    case DataType::f16:
-      return cuda::Dtype::f16;
-    case DataType::bf16:
-      return cuda::Dtype::bf16;
-    default:
-      throw InvalidArgument("dtype: expected f32, f16 or bf16 on cuda, got " +
-                            std::string(name_of(type)) + "; use device='cpu'");
-  }
-}
-
-cuda::Act kernel_activation(Activation activation) {
-  switch (activation) {
-    case Activation::relu:
-      return cuda::Act::relu;
-    case Activation::relu2:
-      return cuda::Act::relu2;
-    case Activation::gelu:
-      return cuda::Act::gelu;
-    case Activation::gelu_tanh:
-      return cuda::Act::gelu_tanh;
-    case Activation::silu:
-      return cuda::Act::silu;
-    case Activation::silu_clamped:
-      return cuda::Act::silu_clamped;
-    case Activation::swiglu_clamped:
-      return cuda::Act::swiglu_clamped;
-  }
-  throw InvalidArgument(
-      "activation: expected one of relu, relu2, gelu, gelu_tanh, silu, silu_clamped, "
-      "swiglu_clamped");
-}
-
-cuda::LayerShape shape_of(const MoeConfig& config) {
-  validate(config);
-  SIDA_EXPECTS(config.experts <= cuda::max_experts && config.top_k <= cuda::max_top_k,
-               "cuda: expected at most " + std::to_string(cuda::max_experts) +
-                   " experts and top_k of at most " + std::to_string(cuda::max_top_k) + ", got " +
-                   std::to_string(config.experts) + " and " + std::to_string(config.top_k));
-  cuda::LayerShape shape;
-  shape.dtype = kernel_type(config.dtype);
-  shape.top_k = config.top_k;
-  shape.experts = config.experts;
-  shape.hidden = static_cast<int>(config.hidden_size);
-  shape.intermediate = static_cast<int>(config.intermediate_size);
-  shape.activation = kernel_activation(config.activation);
-  shape.limit = config.limit;
-  shape.gated = config.gated;
-  shape.up_bias = config.up_bias;
-  shape.down_bias = config.down_bias;
-  return shape;
-}
-
-// Runs what launches kernels; their errors come as CudaError.
-template <class F>
-void launched(F&& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& error) {
-    throw InvalidArgument(error.what());
-  } catch (const std::runtime_error& error) {
-    throw CudaError(error.what());
-  }
-}
-
-}  // namespace
 
 template <>
 class KeptExperts<CudaBackend> {
@@ -102,7 +32,7 @@ class ExpertFfn<CudaBackend>::Call {
       : backend_(backend),
         config_(config),
         layout_(config),
-        shape_(shape_of(config)),
+        shape_(cuda::shape_of(config)),
         stream_(backend.make_stream()),
         waited_(backend.make_event()),
         slots_(backend, slot_bytes()),
@@ -145,7 +75,8 @@ class ExpertFfn<CudaBackend>::Call {
       upload(routing);
     else
       take(routing);
-    launched([&] { cuda::make_plan(shape_, ids(), false, weights(), plan(), stream_.native()); });
+    cuda::launched(
+        [&] { cuda::make_plan(shape_, ids(), false, weights(), plan(), stream_.native()); });
   }
 
   const std::vector<std::int32_t>& experts() {
@@ -215,7 +146,7 @@ class ExpertFfn<CudaBackend>::Call {
     expect_call("combine");
     expect_tokens(out, shape_.tokens, "out");
     const cuda::DeviceScope scope(backend_.device());
-    launched([&] {
+    cuda::launched([&] {
       cuda::combine(shape_, plan(), weights(), workspace_.data(), out.data, stream_.native());
     });
     finish(false);
@@ -243,7 +174,7 @@ class ExpertFfn<CudaBackend>::Call {
   // The caller's routing in one form, for the kernels and in the log.
   void take(const Routing& routing) {
     cuda::GivenRouting given{routing.ids.data, routing.ids.type == DataType::i64,
-                             routing.weights.data, kernel_type(routing.weights.type)};
+                             routing.weights.data, cuda::kernel_type(routing.weights.type)};
     if (routing.skip_padding && !routing.mask.empty()) {
       reserve(keep_, routing.mask.size());
       std::byte* const mask = uploads_.next(routing.mask.size());
@@ -251,7 +182,7 @@ class ExpertFfn<CudaBackend>::Call {
       uploads_.send(keep_.data(), routing.mask.size(), stream_);
       given.keep = reinterpret_cast<const std::uint8_t*>(keep_.data());
     }
-    launched([&] {
+    cuda::launched([&] {
       cuda::take_routing(shape_, given, {ids(), weights(), entry_->ids(), entry_->weights()},
                          stream_.native());
     });
@@ -281,7 +212,7 @@ class ExpertFfn<CudaBackend>::Call {
                                   layout_.down_offset,
                                   layout_.up_bias_offset,
                                   layout_.down_bias_offset};
-    launched([&] {
+    cuda::launched([&] {
       cuda::compute_experts(shape_, plan(), hidden_, slabs, workspace_.data(), stream_.native());
     });
   }
@@ -335,7 +266,7 @@ class ExpertFfn<CudaBackend>::Call {
                  "cuda: expected at most " + std::to_string(max_assignments) +
                      " rows in a call, got " + std::to_string(routing.ids.elements()) +
                      "; split the batch");
-    kernel_type(routing.weights.type);
+    cuda::kernel_type(routing.weights.type);
   }
   template <class View>
   void expect_tokens(const View& view, std::int64_t tokens, const char* name) const {

@@ -129,6 +129,16 @@ Format predictor(const std::filesystem::path& folder) {
           }};
 }
 
+Format kernel_table(const std::filesystem::path&) {
+  return {R"({"format": "sida-kernels", "gpu": "GPU", "choices": [
+              {"dtype": "bf16", "gated": true, "top_k": 8, "experts": 128, "hidden_size": 2048,
+               "intermediate_size": 768, "tokens": 64, "kernel": "narrow"}]})",
+          [](const auto& path) {
+            for (const sida::KernelChoice& choice : sida::load_kernel_table(path).choices)
+              if (choice.tokens < 1) throw std::logic_error("a call of no tokens");
+          }};
+}
+
 /// A checkpoint is a folder; what is damaged is one of its files, beside which the others stay
 /// whole.
 Format checkpoint(const std::filesystem::path& folder, const std::string& damaged) {
@@ -195,12 +205,15 @@ Format make(const std::string& name, const std::filesystem::path& folder) {
   if (name == "safetensors") return safetensors(folder);
   if (name == "hash-table") return hash_table(folder);
   if (name == "predictor") return predictor(folder);
+  if (name == "kernel-table") return kernel_table(folder);
   if (name == "config") return checkpoint(folder, "config.json");
   if (name == "index") return checkpoint(folder, "model.safetensors.index.json");
   if (name == "fp8") return fp8(folder);
   if (name == "mxfp4") return mxfp4(folder);
   throw std::invalid_argument(
-      "expected safetensors, hash-table, predictor, config, index, fp8 or mxfp4; got " + name);
+      "expected safetensors, hash-table, predictor, config, index, fp8, mxfp4 or kernel-table; "
+      "got " +
+      name);
 }
 
 int run(const std::string& name, std::uint64_t runs, std::uint64_t seed) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -83,6 +84,8 @@ class CudaBackend {
   explicit CudaBackend(int device = 0);
 
   int device() const noexcept { return device_; }
+  /// What the driver calls the GPU: "NVIDIA H100 80GB HBM3". @throws CudaError.
+  std::string device_name() const;
 
   /// Memory of the GPU, aligned to 256 bytes. @throws OutOfMemory with what was asked for and what
   /// is free, CudaError.

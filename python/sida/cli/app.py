@@ -15,6 +15,7 @@ from sida.cli.doctor import doctor
 from sida.cli.inspect import inspect
 from sida.cli.predictor import evaluate, train_predictor
 from sida.cli.replay import replay
+from sida.cli.tune import tune
 
 app = typer.Typer(
     name="sida",
@@ -59,6 +60,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     demo: ("sida demo", "sida demo --memory 10% --plot demo.png"),
     doctor: ("sida doctor", "sida doctor --json"),
+    tune: (
+        "sida tune MODEL",
+        "sida tune --hidden-size 2048 --intermediate-size 768 --experts 128 --top-k 8 --gated",
+    ),
     train_predictor: (
         "sida train-predictor MODEL texts.txt predictor.safetensors",
         "sida train-predictor MODEL texts.jsonl out.safetensors --kind transformer",

@@ -14,11 +14,18 @@ inline void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string(what) + ": CUDA reports " + cudaGetErrorString(status));
 }
 
+/// The number of the current device.
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "find the current device");
+  return device;
+}
+
 /// An attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "find the current device");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "read an attribute of the device");
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, current_device()),
+        "read an attribute of the device");
   return value;
 }
 
