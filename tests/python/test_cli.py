@@ -18,7 +18,7 @@ import sida
 from sida.cli.app import app
 
 MODEL = Path(__file__).parents[2] / "models" / "wordnet-switch-32"
-COMMANDS = ("inspect", "convert", "demo", "doctor", "replay", "train-predictor", "evaluate")
+COMMANDS = ("inspect", "convert", "demo", "doctor", "tune", "replay", "train-predictor", "evaluate")
 
 
 def run(*arguments: object, columns: int = 80) -> Result:
