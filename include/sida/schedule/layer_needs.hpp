@@ -61,7 +61,7 @@ class LayerNeeds {
       end();
       throw;
     }
-    cache_.changed().notify_all();
+    queue_.wake();
   }
 
   /// Drops what was not handed out.
@@ -69,7 +69,7 @@ class LayerNeeds {
     --queue_.calls();
     queue_.abandon(awaited_);
     dropped_.swap(awaited_->arrived);  // ends with this, after the lock
-    cache_.changed().notify_all();
+    queue_.wake();
   }
 
   /// What was handed out is computed.
@@ -77,7 +77,7 @@ class LayerNeeds {
     for (const ExpertId id : handed_out_) cache_.forecast().done(id);
     handed_out_.clear();
     awaited_->backlog -= std::exchange(in_hand_, 0);
-    cache_.changed().notify_all();  // what these held back may go on
+    queue_.wake();  // what these held back may go on
   }
 
   /// True if a wave has to wait: something is missing and nothing is there.

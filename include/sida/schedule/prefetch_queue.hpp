@@ -31,6 +31,7 @@ class PrefetchQueue {
         outlook_(cache.store().layers(), cache.store().experts()) {}
 
   double threshold() const noexcept { return threshold_; }
+  bool empty() const noexcept { return uses_.empty(); }
 
   void add(OffloadPlan plan) {
     std::erase_if(plan, [&](const PlannedUse& use) { return use.probability < threshold_; });

@@ -96,6 +96,9 @@ class RouterLookAhead {
     uses_.clear();
   }
 
+  /// Whether nothing is to be brought early.
+  bool empty() const noexcept { return uses_.empty(); }
+
   /// Whether the expert is to be brought early.
   bool names(ExpertId id) const {
     return std::ranges::any_of(uses_, [&](const PlannedUse& use) { return use.id == id; });

@@ -130,6 +130,12 @@ class TransferQueue {
   }
 
   bool has_demands() const noexcept { return !demands_.empty(); }
+  /// Wakes who transfers, where anything is asked for: with all experts there, a layer call wakes
+  /// nobody, who would compete with it for the lock.
+  void wake() {
+    if (!demands_.empty() || !prefetches_.empty() || !look_ahead_.empty())
+      cache_.changed().notify_all();
+  }
   /// True if nothing is on the way to a call that waits, and nothing can be: no load is under way
   /// and every slot is leased.
   bool is_stuck() const { return under_way_.empty() && cache_.unpinned_locked() == 0; }
