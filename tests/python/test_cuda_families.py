@@ -57,6 +57,23 @@ def test_activations_of_other_families(name: str) -> None:
             assert relative(run(off.model, batch), expected) <= 1e-5
 
 
+def test_choices_that_are_marked_as_none_are_left_out() -> None:
+    model = make_model("qwen3_moe").to("cuda")
+    experts = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    count, hidden_size = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
+    place = next(name for name, module in model.named_modules() if module is experts)
+    hidden = torch.randn(11, hidden_size, device="cuda")
+    weights, ids = torch.rand(11, count, device="cuda").topk(2)
+    none = torch.arange(11, device="cuda")[:, None] % 3 == torch.tensor([0, 1], device="cuda")
+    with torch.no_grad():
+        expected = experts(hidden, ids, weights.masked_fill(none, 0))
+        for memory in ("1 expert", 1.0):
+            with sida.offload(model, memory=memory, device="cuda") as off:
+                out = off.model.get_submodule(place)(hidden, ids.masked_fill(none, count), weights)
+                assert relative(out, expected) <= 1e-5
+                assert off.stats()["uses"] == len(ids.masked_select(~none).unique())
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_modules_of_ones_own(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_registered", [ADAPTERS[kind]])

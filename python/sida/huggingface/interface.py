@@ -162,18 +162,21 @@ class InterfaceExperts(ExpertsModule):
         super().__init__(form.experts, 0.0)
         self.form = form
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute what the router selected.
 
         Args:
             hidden_states: [T, H].
-            top_k_index: [T, k]; the number of experts stands for none.
+            top_k_index: [T, k]; the number of experts stands for none, which a GPU's kernels leave
+                out by themselves.
             top_k_weights: [T, k].
         """
-        none = top_k_index == self.num_experts
-        return super().forward(
-            hidden_states, top_k_index.masked_fill(none, 0), top_k_weights.masked_fill(none, 0)
-        )
+        if not top_k_index.is_cuda and top_k_index.numel() > 0:
+            if int(top_k_index.max()) == self.num_experts:
+                none = top_k_index == self.num_experts
+                top_k_index = top_k_index.masked_fill(none, 0)
+                top_k_weights = top_k_weights.masked_fill(none, 0)
+        return super().run(hidden_states, top_k_index, top_k_weights)
 
 
 def make_without_weights(experts: type[nn.Module]) -> Callable[..., nn.Module]:
