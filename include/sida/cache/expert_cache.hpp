@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -189,29 +190,31 @@ class ExpertCache {
     policy_.used(id);
     return pin(slot);
   }
-  /// As `reserve`, and only if `may_evict(victim)`.
+  /// As `reserve`, from among the experts that may make way: `may_evict(victim)`.
   template <class MayEvict>
   std::optional<Loading> reserve_locked(ExpertId id, MayEvict&& may_evict) {
     if (slot_of_[checked(id)] != none) return std::nullopt;
+    std::optional<ExpertId> evicted;
     if (free_.empty()) {
       candidates_.clear();
       for (const Slot& other : slots_)
-        if (other.state == State::resident && other.leases == 0) candidates_.push_back(other.id);
+        if (other.state == State::resident && other.leases == 0 && may_evict(other.id))
+          candidates_.push_back(other.id);
       if (candidates_.empty()) return std::nullopt;
       const std::size_t choice = policy_.victim(candidates_, forecast_);
       if (choice >= candidates_.size())
         throw StateError("the eviction policy '" + std::string(Policy::name()) + "' chose " +
                          std::to_string(choice) + " of " + std::to_string(candidates_.size()) +
                          " candidates");
-      if (!may_evict(candidates_[choice])) return std::nullopt;
-      evict(slot_of_[checked(candidates_[choice])]);
+      evicted = candidates_[choice];
+      evict(slot_of_[checked(*evicted)]);
     }
     const std::size_t slot = free_.back();
     free_.pop_back();
     slots_[slot] = {id, State::loading};
     slot_of_[checked(id)] = slot;
     ++pinned_;
-    return Loading(*this, slot);
+    return Loading(*this, slot, evicted);
   }
   void commit_locked(Loading loading, LoadedFor loaded_for, const Fence& arrival = {}) {
     loading.cache_ = nullptr;
@@ -234,6 +237,10 @@ class ExpertCache {
   };
   const Prefetched& prefetched_locked() const noexcept { return prefetched_; }
   void reset_prefetched_locked() noexcept { prefetched_ = {}; }
+  /// Prefetched experts that are resident and unread.
+  std::int64_t unread_locked() const noexcept {
+    return std::count_if(slots_.begin(), slots_.end(), is_unread);
+  }
   /// Counts the prefetched experts that are resident and unread as wasted: nobody will read them.
   void waste_unread_locked() noexcept {
     for (Slot& slot : slots_) {

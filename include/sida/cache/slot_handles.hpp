@@ -53,10 +53,13 @@ template <class Cache>
 class SlotLoading {
  public:
   SlotLoading(SlotLoading&& other) noexcept
-      : cache_(std::exchange(other.cache_, nullptr)), slot_(other.slot_) {}
+      : cache_(std::exchange(other.cache_, nullptr)),
+        slot_(other.slot_),
+        evicted_(other.evicted_) {}
   SlotLoading& operator=(SlotLoading&& other) noexcept {
     std::swap(cache_, other.cache_);
     std::swap(slot_, other.slot_);
+    std::swap(evicted_, other.evicted_);
     return *this;
   }
   ~SlotLoading() {
@@ -64,6 +67,8 @@ class SlotLoading {
   }
 
   ExpertId id() const noexcept { return cache_->slots_[slot_].id; }
+  /// The expert that made way; nothing where a slot was free.
+  std::optional<ExpertId> evicted() const noexcept { return evicted_; }
   /// What is to be waited for before the slab is written: it may still be read, or be on its way.
   const typename Cache::Fence& readers() const noexcept { return cache_->fences_[slot_].in_use; }
   /// Where the slab is to be written.
@@ -71,10 +76,12 @@ class SlotLoading {
 
  private:
   friend Cache;
-  SlotLoading(Cache& cache, std::size_t slot) noexcept : cache_(&cache), slot_(slot) {}
+  SlotLoading(Cache& cache, std::size_t slot, std::optional<ExpertId> evicted) noexcept
+      : cache_(&cache), slot_(slot), evicted_(evicted) {}
 
   Cache* cache_;
   std::size_t slot_;
+  std::optional<ExpertId> evicted_;
 };
 
 }  // namespace sida

@@ -54,7 +54,7 @@ class LayerNeeds {
       stats().predicted_calls += predicted;
       stats().look_ahead += queue_.look_ahead().begin_layer({layer_, step}, experts, counted);
       cache_.forecast().begin_layer(layer_, step, experts);
-      queue_.prefetches().drop_before(step + 1);
+      queue_.begin_layer(layer_, experts);
       for (std::size_t i = 0; i < experts.size(); ++i)
         ask_for({layer_, experts[i]}, foretold[i], counted.empty() || counted[i] != 0);
     } catch (...) {  // for want of memory

@@ -19,8 +19,9 @@ namespace sida {
 ///
 /// A prefetch takes a free slot, or that of an expert which is used later than itself and leaves
 /// before that use in any case, see EvictionOutlook; so it comes early, but moves no byte twice.
-/// Where uses are not sure the outlook is not either: the nearest `reach` of them may take the slot
-/// of any expert that is used later, and of sure ones a quarter as many.
+/// Where uses are not sure the outlook is not either: it counts for the next layer only, and the
+/// nearest `reach` of them may take the slot of any expert that is used later; of sure ones, which
+/// count for a whole walk through the layers, a quarter as many.
 template <class Cache>
 class PrefetchQueue {
  public:
@@ -71,12 +72,13 @@ class PrefetchQueue {
     for (; scanned_ < uses_.size(); ++scanned_) {
       const PlannedUse& use = uses_[scanned_];
       if (cache_.residency_locked(use.id) == Cache::Residency::absent) {
-        const std::int64_t near = use.probability < 1 ? reach : reach / 4;
-        const bool is_near = static_cast<std::int64_t>(scanned_) < near;
-        const bool in_pass = use.step <= forecast.now() + cache_.store().layers();
+        const bool is_sure = use.probability >= 1;
+        const bool is_near = static_cast<std::int64_t>(scanned_) < (is_sure ? reach / 4 : reach);
+        const std::int64_t until = forecast.now() + (is_sure ? cache_.store().layers() : 1);
+        const bool is_soon = use.step <= until;
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
           return forecast.expected_use(victim) > static_cast<double>(use.step) &&
-                 is_planned_later(victim, use.step) && (is_near || (in_pass && leaves(victim)));
+                 is_planned_later(victim, use.step) && (is_near || (is_soon && leaves(victim)));
         });
       }
     }
@@ -89,19 +91,25 @@ class PrefetchQueue {
     regretted_ = cache_.regretted_locked();
   }
 
+  /// Whether anything is foretold.
+  bool foretells() const noexcept { return !uses_.empty(); }
+
+  /// Whether the expert makes way before its next use in any case, see EvictionOutlook. The outlook
+  /// is taken once for each plan: experts that made way since are gone from it, too.
+  bool leaves(ExpertId id) {
+    if (std::exchange(is_outlook_old_, false))
+      outlook_.look(uses_, cache_.held_locked(), cache_.slots_locked(), cache_.forecast());
+    return outlook_.leaves(id, cache_.forecast().next_use(id, threshold_));
+  }
+  /// The outlook is to be taken anew.
+  void look_again() noexcept { is_outlook_old_ = true; }
+
  private:
   // Or two experts whose uses are not sure, so that each is expected later than the other's step,
   // would make way for one another for ever.
   bool is_planned_later(ExpertId victim, std::int64_t step) const {
     const auto planned = cache_.forecast().next_use(victim, threshold_);
     return !planned || *planned > step;
-  }
-
-  // The outlook is taken once for each plan: experts that made way since are gone from it, too.
-  bool leaves(ExpertId victim) {
-    if (std::exchange(is_outlook_old_, false))
-      outlook_.look(uses_, cache_.held_locked(), cache_.slots_locked(), cache_.forecast());
-    return outlook_.leaves(victim, cache_.forecast().next_use(victim, threshold_));
   }
 
   Cache& cache_;

@@ -14,6 +14,7 @@
 
 #include "sida/cache/cache_stats.hpp"
 #include "sida/cache/expert_cache.hpp"
+#include "sida/schedule/load_excess.hpp"
 #include "sida/schedule/prefetch_queue.hpp"
 #include "sida/schedule/router_look_ahead.hpp"
 
@@ -58,8 +59,16 @@ class TransferQueue {
       : cache_(cache),
         options_(options),
         prefetches_(cache, options.threshold),
-        look_ahead_(cache, options.threshold) {
+        look_ahead_(cache, options.threshold),
+        excess_(cache.store().layers(), cache.store().experts()) {
     stats_.layers.resize(static_cast<std::size_t>(cache.store().layers()));
+  }
+
+  /// A layer begins, the one that the forecast has begun, and needs these experts.
+  void begin_layer(std::int32_t layer, const std::vector<std::int32_t>& experts) {
+    if (prefetches_.foretells())
+      excess_.needed(layer, experts, cache_.slots_locked(), cache_.forecast());
+    prefetches_.drop_before(cache_.forecast().now() + 1);
   }
 
   /// Asks for an expert that a layer needs now and that is not resident.
@@ -90,6 +99,7 @@ class TransferQueue {
       try {
         slot = cache_.reserve_locked(request.id,
                                      [&](ExpertId victim) { return is_fair(request, victim); });
+        if (slot) spend(*slot);
       } catch (...) {  // of the policy
         request.awaited->error = std::current_exception();
       }
@@ -181,6 +191,7 @@ class TransferQueue {
   Load* begin(typename Cache::Loading slot, const std::shared_ptr<Awaited>& awaited,
               LoadedFor loaded_for) {
     ++stats_.loads;
+    if (prefetches_.foretells()) excess_.loaded();
     stats_.prefetches += loaded_for != LoadedFor::demand;
     stats_.look_ahead_loads += loaded_for == LoadedFor::look_ahead;
     const ExpertId id = slot.id();
@@ -205,7 +216,7 @@ class TransferQueue {
   // Experts on their way to a layer, or in its hands, that keep it and the link at work. More take
   // slots from experts that are used sooner, which few slots cannot bear.
   std::int64_t enough_backlog() const noexcept {
-    return std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
+    return std::clamp<std::int64_t>(cache_.slots_locked() / 66, 1, 4);
   }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
@@ -213,6 +224,14 @@ class TransferQueue {
     if (request.awaited->backlog < enough_backlog()) return true;
     const UseForecast& forecast = cache_.forecast();
     return forecast.expected_use(victim) >= forecast.expected_use_after(request.id, forecast.now());
+  }
+  // A demand that takes the slot of an expert which was to stay leaves another there that was to
+  // make way: the outlook, taken anew, keeps it. Until then prefetches take both, which moves more
+  // bytes, and keeps the link at work.
+  void spend(const typename Cache::Loading& slot) {
+    if (slot.evicted() && prefetches_.foretells() && !prefetches_.leaves(*slot.evicted()) &&
+        excess_.is_too_high(cache_.unread_locked()))
+      prefetches_.look_again();
   }
   static bool is_waited_for(const Load& load) noexcept {
     return load.awaited && !load.awaited->abandoned;
@@ -245,6 +264,7 @@ class TransferQueue {
   std::deque<Request> demands_;
   PrefetchQueue<Cache> prefetches_;
   RouterLookAhead<Cache> look_ahead_;
+  LoadExcess excess_;
   std::list<Load> under_way_;
   int calls_ = 0;
 };
