@@ -97,8 +97,7 @@ class TransferQueue {
       const Request request = demands_.front();
       std::optional<typename Cache::Loading> slot;
       try {
-        slot = cache_.reserve_locked(request.id,
-                                     [&](ExpertId victim) { return is_fair(request, victim); });
+        slot = reserve_for(request);
         if (slot) spend(*slot);
       } catch (...) {  // of the policy
         request.awaited->error = std::current_exception();
@@ -216,14 +215,17 @@ class TransferQueue {
   // Experts on their way to a layer, or in its hands, that keep it and the link at work. More take
   // slots from experts that are used sooner, which few slots cannot bear.
   std::int64_t enough_backlog() const noexcept {
-    return std::clamp<std::int64_t>(cache_.slots_locked() / 66, 1, 4);
+    return std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
   }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
-  bool is_fair(const Request& request, ExpertId victim) {
-    if (request.awaited->backlog < enough_backlog()) return true;
+  std::optional<typename Cache::Loading> reserve_for(const Request& request) {
+    if (request.awaited->backlog < enough_backlog())
+      return cache_.reserve_locked(request.id, [](ExpertId) { return true; });
     const UseForecast& forecast = cache_.forecast();
-    return forecast.expected_use(victim) >= forecast.expected_use_after(request.id, forecast.now());
+    const double again = forecast.expected_use_after(request.id, forecast.now());
+    return cache_.reserve_locked(
+        request.id, [&](ExpertId victim) { return forecast.expected_use(victim) >= again; });
   }
   // A demand that takes the slot of an expert which was to stay leaves another there that was to
   // make way: the outlook, taken anew, keeps it. Until then prefetches take both, which moves more
