@@ -76,9 +76,8 @@ class PrefetchQueue {
         const bool is_near = static_cast<std::int64_t>(scanned_) < (is_sure ? reach / 4 : reach);
         const std::int64_t until = forecast.now() + (is_sure ? cache_.store().layers() : 1);
         const bool is_soon = use.step <= until;
-        if (!is_near && !is_soon) return std::nullopt;
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
-          return (is_near || leaves(victim)) && is_planned_later(victim, use.step) &&
+          return (is_near || (is_soon && leaves(victim))) && is_planned_later(victim, use.step) &&
                  forecast.expected_use(victim) > static_cast<double>(use.step);
         });
       }
