@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ SHAPES = ((1, 32), (1, 128), (8, 128), (32, 128))
 SHARES = (1.0, 0.5, 0.2, 0.1)
 BATCHES = 8
 """Different ones, in turns."""
+TURNS = 2
+"""Of fewer experts without tables and with them."""
 AT_LEAST = {
     # sentences x tokens: all resident against Hugging Face; at 20 % against accelerate with the
     # recorded table and without, and against Hugging Face with everything resident
@@ -177,25 +180,36 @@ def fewer(
 ) -> dict[str, Any]:
     """Time batch after batch without tables, and by map() with the recorded ones, in turns.
 
-    Returns seconds and bytes of a batch, over rounds of all batches each.
+    A turn is a walk through `rounds` rounds of all batches after one that does not count; `map()`
+    takes them as one sequence, so that tables reach beyond a round's end. Returns seconds and
+    bytes of a batch, over rounds.
     """
-    seconds: dict[str, list[float]] = {"no_tables": [], "recorded": []}
-    moved: dict[str, list[float]] = {name: [] for name in seconds}
-    runs: dict[str, tuple[sida.Offloaded, Callable[[], object]]] = {
-        "no_tables": (plain, lambda: [plain.model(batch) for batch in batches]),
-        "recorded": (foretold, lambda: list(foretold.map(batches))),
+    runs: dict[str, tuple[sida.Offloaded, Callable[[], Iterable[object]]]] = {
+        "no_tables": (plain, lambda: (plain.model(batch) for batch in batches * (rounds + 1))),
+        "recorded": (foretold, lambda: foretold.map(batches * (rounds + 1))),
     }
-    for turn in range(rounds + 1):
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    moved: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS):
         for name, (off, run) in runs.items():
-            before = off.stats()["bytes_moved"]
-            took = finished(run)
-            if turn:
-                seconds[name].append(took / len(batches))
-                moved[name].append((off.stats()["bytes_moved"] - before) / len(batches))
+            marks = itertools.pairwise(each_round(off, run(), len(batches)))
+            for (began, moved_then), (ended, moved_now) in marks:
+                seconds[name].append((ended - began) / len(batches))
+                moved[name].append((moved_now - moved_then) / len(batches))
     return {
         name: {**harness.summary(seconds[name]), "bytes": statistics.mean(moved[name])}
         for name in seconds
     }
+
+
+def each_round(
+    off: sida.Offloaded, results: Iterable[object], batches: int
+) -> Iterator[tuple[float, int]]:
+    """Yield the time and the bytes moved so far whenever the GPU is done with a round."""
+    for at, _ in enumerate(results, 1):
+        if at % batches == 0:
+            torch.cuda.synchronize()
+            yield time.perf_counter(), off.stats()["bytes_moved"]
 
 
 def belady_bytes(table: sida.HashTable, share: float, experts: int, expert_bytes: int) -> float:
@@ -234,7 +248,7 @@ def measure_shape(
             continue
         for off in (plain, foretold):
             off.resize(share)
-        rounds = max(3, options.repetitions // BATCHES)
+        rounds = max(2, options.repetitions // BATCHES)
         own = result["resident"]["sida"]["median"]
         figures = fewer(plain, foretold, batches, rounds)
         slot = plain.stats()["slot_bytes"]

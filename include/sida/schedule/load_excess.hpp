@@ -22,7 +22,7 @@ namespace sida {
 class LoadExcess {
  public:
   /// Of Belady's loads: more bytes would hardly hide more of the wait.
-  static constexpr double allowed = 0.06;
+  static constexpr double allowed = 0.05;
 
   LoadExcess(std::int32_t layers, std::int32_t experts)
       : experts_(experts),

@@ -177,8 +177,10 @@ class TransferQueue {
     try {
       if (auto slot = look_ahead_.reserve_next())  // for the very next layer
         return begin(std::move(*slot), nullptr, LoadedFor::look_ahead);
-      if (auto slot = prefetches_.reserve_next(reach()))
+      if (auto slot = prefetches_.reserve_next(reach())) {
+        spend(*slot);
         return begin(std::move(*slot), nullptr, LoadedFor::table);
+      }
     } catch (...) {  // of the policy: the layer that needs the expert meets it again
       ++stats_.failed_prefetches;
       look_ahead_.forget();
@@ -213,9 +215,10 @@ class TransferQueue {
                     std::max<std::int64_t>(options_.threads, cache_.slots_locked() / 6));
   }
   // Experts on their way to a layer, or in its hands, that keep it and the link at work. More take
-  // slots from experts that are used sooner, which few slots cannot bear.
+  // slots from experts that are used sooner, which few slots cannot bear, nor many loads too many.
   std::int64_t enough_backlog() const noexcept {
-    return std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
+    const bool is_excessive = excess_.is_too_high(cache_.unread_locked());
+    return is_excessive ? 1 : std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
   }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
@@ -227,8 +230,8 @@ class TransferQueue {
     return cache_.reserve_locked(
         request.id, [&](ExpertId victim) { return forecast.expected_use(victim) >= again; });
   }
-  // A demand that takes the slot of an expert which was to stay leaves another there that was to
-  // make way: the outlook, taken anew, keeps it. Until then prefetches take both, which moves more
+  // A load that takes the slot of an expert which was to stay leaves another there that was to make
+  // way: the outlook, taken anew, keeps it. Until then prefetches take both, which moves more
   // bytes, and keeps the link at work.
   void spend(const typename Cache::Loading& slot) {
     if (slot.evicted() && prefetches_.foretells() && !prefetches_.leaves(*slot.evicted()) &&
