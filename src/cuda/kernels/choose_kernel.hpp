@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <iterator>
 #include <string_view>
 #include <vector>
 
@@ -11,6 +12,7 @@ namespace sida::cuda {
 /// Each kernel's name, in the order of Kernel.
 inline constexpr std::string_view kernel_names[] = {"tuned",  "narrow", "wide",  "grouped",
                                                     "hopper", "dot",    "tiled", "general"};
+static_assert(std::size(kernel_names) == static_cast<std::size_t>(Kernel::general) + 1);
 
 /// Whether a kernel computes this shape on the current device; `tuned` is none.
 bool takes(const LayerShape& shape, Kernel kernel);
