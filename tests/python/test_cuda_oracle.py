@@ -21,6 +21,7 @@ SHAPES = [  # tokens, top_k, experts, hidden, intermediate
     (3, 8, 64, 512, 384),
     (40, 2, 8, 256, 192),
     (700, 2, 8, 512, 384),
+    (400, 1, 4, 768, 3072),
     (1, 2, 8, 67, 45),  # odd sizes are `general`'s
     (500, 3, 5, 131, 77),
 ]
@@ -76,5 +77,5 @@ def test_as_close_to_float64_as_cublas(dtype: Any, shape: tuple[int, ...], gated
         out = layer(hidden, ids, weights)
     assert distance(out, exact) <= LIMITS[dtype]
     assert distance(out, peer) <= 2 * LIMITS[dtype]
-    if dtype != torch.float32:  # which rounds once; its sums differ in order alone
-        assert distance(out, exact) <= 1.25 * distance(peer, exact)
+    # of a few float32 terms it is chance whose sum is the closer one
+    assert distance(out, exact) <= max(1.25 * distance(peer, exact), 5e-7)

@@ -42,8 +42,12 @@ void launch_product(const Product& product, cudaStream_t stream) {
     if (kernel == Kernel::tiled) {
       constexpr int each = phase == Phase::gated_up ? full_outputs / 2 : full_outputs;
       const unsigned row_blocks = std::min(blocks(shape.tokens, full_rows), 16u);
-      return launch(what, tiled_kernel<phase>, dim3(blocks(outputs, each), experts, row_blocks),
-                    full_threads, stream, product);
+      check(cudaFuncSetAttribute(tiled_kernel<phase>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(totals_bytes)),
+            "reserve shared memory");
+      return launch_shared(what, tiled_kernel<phase>,
+                           dim3(blocks(outputs, each), experts, row_blocks), full_threads,
+                           totals_bytes, stream, product);
     }
   }
   const unsigned row_blocks = std::min(blocks(shape.tokens, general_rows), 16u);

@@ -10,6 +10,11 @@ namespace sida::cuda {
 constexpr int full_threads = 256;
 constexpr int dot_outputs = full_threads / 32, dot_rows = 4;
 constexpr int full_rows = 128, full_outputs = 128, full_depth = 8;
+/// Steps whose products are summed by themselves: one long sum would round as often as it has
+/// terms.
+constexpr int full_chunk = 16;
+constexpr int full_sums = full_rows * full_outputs / full_threads;
+constexpr std::size_t totals_bytes = full_rows * full_outputs * sizeof(float);
 
 /// For few rows: a warp computes one output (with a gate: and the one beside it) of one expert
 /// (blockIdx.y of the active ones), four rows at a time.
@@ -73,6 +78,7 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
                 "a thread copies 16 bytes of either operand");
   __shared__ __align__(16) float x[2][full_depth][full_rows + 4];
   __shared__ __align__(16) float w[2][full_depth][full_outputs + 4];
+  extern __shared__ float totals[][full_threads];  // a column is one thread's
   wait_for_previous();
   let_next_start();
   if (static_cast<int>(blockIdx.y) >= *product.plan.active_count) return;
@@ -107,6 +113,8 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
       }
     };
     float sums[8][8] = {};
+#pragma unroll
+    for (int i = 0; i < full_sums; ++i) totals[i][thread] = 0.0f;
     load(0);
     __syncthreads();
     store(0);
@@ -130,8 +138,17 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
           for (int o = 0; o < 8; ++o) sums[r][o] += a[r] * b[o];
       }
       if (step + 1 < steps) store(1 - buffer);
+      if ((step + 1) % full_chunk == 0 || step + 1 == steps) {
+#pragma unroll
+        for (int i = 0; i < full_sums; ++i) {
+          totals[i][thread] += sums[i / 8][i % 8];
+          sums[i / 8][i % 8] = 0.0f;
+        }
+      }
       __syncthreads();
     }
+#pragma unroll
+    for (int i = 0; i < full_sums; ++i) sums[i / 8][i % 8] = totals[i][thread];
 #pragma unroll
     for (int r = 0; r < 8; ++r)
 #pragma unroll

@@ -7,6 +7,9 @@
 namespace sida::cuda {
 
 constexpr int general_threads = 256, general_rows = 32, general_outputs = 64, general_depth = 32;
+/// Elements whose products are summed by themselves: one long sum would round as often as it has
+/// terms.
+constexpr int general_chunk = 4 * general_depth;
 
 /// Any dtype and size, in f32: a block computes 64 outputs of one expert (blockIdx.y of the active
 /// ones), 32 rows at a time; a thread 2 rows x 4 outputs.
@@ -29,7 +32,7 @@ __global__ void __launch_bounds__(general_threads, 3) general_kernel(Product pro
 
   for (int first = static_cast<int>(blockIdx.z) * general_rows; first < expert.rows;
        first += static_cast<int>(gridDim.z) * general_rows) {
-    float sums[parts][2][4] = {};
+    float sums[parts][2][4] = {}, totals[parts][2][4] = {};
     for (int k = 0; k < depth; k += general_depth) {
       __syncthreads();
       for (int i = thread; i < general_rows * general_depth; i += general_threads) {
@@ -54,6 +57,17 @@ __global__ void __launch_bounds__(general_threads, 3) general_kernel(Product pro
           for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int o = 0; o < 4; ++o) sums[p][r][o] += x[at][2 * ty + r] * w[p][at][tx + 16 * o];
+      const int next = k + general_depth;
+      if (next % general_chunk != 0 && next < depth) continue;
+#pragma unroll
+      for (int p = 0; p < parts; ++p)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int o = 0; o < 4; ++o) {
+            totals[p][r][o] += sums[p][r][o];
+            sums[p][r][o] = 0.0f;
+          }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -61,7 +75,7 @@ __global__ void __launch_bounds__(general_threads, 3) general_kernel(Product pro
       for (int o = 0; o < 4; ++o) {
         const int row = first + 2 * ty + r, output = first_output + tx + 16 * o;
         if (row < expert.rows && output < outputs)
-          task.finish(row, output, 0, sums[0][r][o], sums[parts - 1][r][o]);
+          task.finish(row, output, 0, totals[0][r][o], totals[parts - 1][r][o]);
       }
   }
 }
