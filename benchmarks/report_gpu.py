@@ -155,6 +155,44 @@ def gpu_call(results: Results) -> str:
     return f"{shown}\n\n{targets_table(found['targets'])}"
 
 
+def gpu_tables(results: Results) -> str:
+    """One hash table of a predictor on the GPU, and on the CPU."""
+    if "cuda_hash_building" not in results:
+        return nothing()
+    rows = [
+        (
+            kind,
+            batch,
+            *(milliseconds(found[place]) for place in ("cuda", "cpu")),
+            f"{found['cpu']['median'] / found['cuda']['median']:.1f}",
+            f"{found['workspace_bytes'] / 2**20:.0f}",
+        )
+        for kind, shapes in results["cuda_hash_building"]["tables"].items()
+        for batch, found in zip(_batches(shapes), shapes.values(), strict=True)
+    ]
+    head = ("predictor", "batch", "GPU, ms", "CPU, ms", "times as fast", "GPU memory, MiB")
+    return table(head, rows)
+
+
+def gpu_tables_map(results: Results) -> str:
+    """What `map` loses by predicting."""
+    if "cuda_hash_building" not in results:
+        return nothing()
+    found = results["cuda_hash_building"]
+    shapes = found["map"]
+    rows = [
+        (
+            batch,
+            *(milliseconds(figures["seconds"][who]) for who in ("recorded", "cuda", "cpu")),
+            *(f"{1e3 * figures['building_seconds'][place]:.2f}" for place in ("cuda", "cpu")),
+        )
+        for batch, figures in zip(_batches(shapes), shapes.values(), strict=True)
+    ]
+    head = ("batch", "recorded table, ms", "predictor on the GPU, ms", "on the CPU, ms")
+    shown = table((*head, "a table on the GPU, ms", "on the CPU, ms"), rows)
+    return f"{shown}\n\n{targets_table(found['targets'])}"
+
+
 def gpu_targets(results: Results) -> str:
     """Every target of the encoder."""
     if "cuda_encoder" not in results:
@@ -196,6 +234,8 @@ BLOCKS = {
         gpu_layers,
         gpu_link,
         gpu_call,
+        gpu_tables,
+        gpu_tables_map,
         gpu_targets,
     )
 }

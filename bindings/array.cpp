@@ -81,7 +81,7 @@ void expect_place(const dlpack::Device& device, const Place& place, const std::s
   else
     SIDA_EXPECTS(device.type == dlpack::cuda && device.id == place.cuda_device,
                  name + ": expected an array on cuda:" + std::to_string(place.cuda_device) +
-                     ", where the experts are computed, got one on " + name_of(device));
+                     ", where it is to be used, got one on " + name_of(device));
 }
 
 // An array's place, asked for before the array: a library may refuse to lend to another.

@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,9 +14,9 @@
 
 #include "array.hpp"
 #include "bind.hpp"
+#include "engine.hpp"
 #include "gil.hpp"
 #include "sida/hash/batch_key.hpp"
-#include "sida/hash/hash_predictor_cpu.hpp"
 #include "sida/io/hash_table_file.hpp"
 #include "sida/io/predictor_file.hpp"
 
@@ -116,47 +117,83 @@ void bind_table(py::module_& module) {
       });
 }
 
+std::shared_ptr<AnyPredictor> load(const std::filesystem::path& path, const std::string& device) {
+  if (device == "cpu") {
+    const Unlocked unlocked;
+    return make_cpu_predictor(load_predictor(path));
+  }
+  SIDA_EXPECTS(device == "cuda" || device.starts_with("cuda:"),
+               "device: expected \"cpu\", \"cuda\" or \"cuda:1\", got \"" + device + "\"");
+  const CudaPart& cuda = cuda_part();
+  const Unlocked unlocked;
+  return cuda.make_predictor(load_predictor(path), device);
+}
+
+// An array in RAM or, for a predictor on a GPU, there.
+Place place_for(const AnyPredictor& predictor, const py::object& array) {
+  if (predictor.cuda_device() < 0 || place_of(array).cuda_device < 0) return {};
+  return {predictor.cuda_device(), stream_of(py::none(), array, predictor.cuda_device())};
+}
+
+HashTable predict(const AnyPredictor& self, const py::object& embeddings, const py::object& mask,
+                  std::uint64_t key, std::int32_t candidates) {
+  const Place place = place_for(self, embeddings);
+  const Array array(embeddings, "embeddings", place);
+  const auto flags = mask_of(mask);
+  const Unlocked unlocked;
+  return self.predict(array.view(), flags, key, candidates, place.stream);
+}
+
+HashTable advance(const AnyPredictor& self, const py::object& embeddings, const py::object& mask,
+                  const py::object& past, const py::object& states, std::uint64_t key,
+                  std::int32_t candidates) {
+  const Place place = place_for(self, states);
+  const Array array(embeddings, "embeddings", place_for(self, embeddings));
+  const Array earlier(past, "past", place_for(self, past));
+  const Array written(states, "states", place);
+  const TensorView out = written.writable();
+  const auto flags = mask_of(mask);
+  const Unlocked unlocked;
+  return self.advance(array.view(), flags, earlier.view(), out, key, candidates, place.stream);
+}
+
 void bind_predictor(py::module_& module) {
-  using Predictor = HashPredictor<CpuBackend>;
-  py::class_<Predictor>(module, "HashPredictor",
-                        "Foretells routing from token embeddings. Thread-safe.")
+  using Predictor = AnyPredictor;
+  py::class_<Predictor, std::shared_ptr<Predictor>>(
+      module, "HashPredictor", py::release_gil_before_calling_cpp_dtor(),
+      "Foretells routing from token embeddings, on the CPU or on a GPU. Thread-safe.")
       .def_static(
-          "load", [](const std::filesystem::path& path) { return Predictor(load_predictor(path)); },
-          py::arg("path"), py::call_guard<Unlocked>(),
-          "The predictor in a file that train_predictor(...).save() wrote.")
-      .def(
-          "predict",
-          [](const Predictor& predictor, const py::object& embeddings, const py::object& mask,
-             std::uint64_t key, std::int32_t candidates) {
-            const Array array(embeddings, "embeddings");
-            const auto flags = mask_of(mask);
-            const Unlocked unlocked;
-            return predictor.predict(array.view(), flags, key, candidates);
+          "load", &load, py::arg("path"), py::kw_only(), py::arg("device") = "cpu",
+          "The predictor in a file that train_predictor(...).save() wrote.\n\n"
+          "device: \"cpu\", \"cuda\" or \"cuda:1\": where it works; the tables are the same "
+          "to 1e-4.\n\n"
+          "Raises:\n    OSError: There is no such file, or it is not a predictor's.\n"
+          "    ValueError: Another device's name.\n"
+          "    MemoryError: The GPU has no memory left.\n"
+          "    CudaError: There is no such GPU, or no CUDA part of sida.")
+      .def("predict", &predict, py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(),
+           py::arg("key") = 0, py::arg("candidates") = 8,
+           "HashTable of one batch from embeddings float32 [B, S, D] and mask [B, S] (nonzero: "
+           "token).\n\n"
+           "Padding gets no candidates; neither do layers without a head. For a predictor on a "
+           "GPU embeddings may lie there, and are read in the order of torch's current stream.\n\n"
+           "Raises:\n    ValueError: A shape, dtype or device that does not fit.")
+      .def("advance", &advance, py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(),
+           py::arg("past"), py::arg("states"), py::arg("key") = 0, py::arg("candidates") = 8,
+           "As predict, for the latest tokens [B, S, D] of sentences that began earlier.\n\n"
+           "past float32 [B, P, state_size]: states of all tokens before. states float32 [B, S, "
+           "state_size]: where those of the latest are written. Each lies where it likes, in RAM "
+           "or on the predictor's GPU.\n\n"
+           "Raises:\n    ValueError: The kind is not causal, or a shape, dtype or device does not "
+           "fit.")
+      .def_property_readonly(
+          "device",
+          [](const Predictor& p) {
+            return p.cuda_device() < 0 ? "cpu" : "cuda:" + std::to_string(p.cuda_device());
           },
-          py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(), py::arg("key") = 0,
-          py::arg("candidates") = 8,
-          "HashTable of one batch from embeddings float32 [B, S, D] and mask [B, S] (nonzero: "
-          "token).\n\n"
-          "Padding gets no candidates; neither do layers without a head.\n\n"
-          "Raises:\n    ValueError: A shape or dtype that does not fit.")
-      .def(
-          "advance",
-          [](const Predictor& predictor, const py::object& embeddings, const py::object& mask,
-             const py::object& past, const py::object& states, std::uint64_t key,
-             std::int32_t candidates) {
-            const Array array(embeddings, "embeddings"), earlier(past, "past");
-            const Array written(states, "states");
-            const TensorView out = written.writable();
-            const auto flags = mask_of(mask);
-            const Unlocked unlocked;
-            return predictor.advance(array.view(), flags, earlier.view(), out, key, candidates);
-          },
-          py::arg("embeddings"), py::arg("mask") = py::none(), py::kw_only(), py::arg("past"),
-          py::arg("states"), py::arg("key") = 0, py::arg("candidates") = 8,
-          "As predict, for the latest tokens [B, S, D] of sentences that began earlier.\n\n"
-          "past float32 [B, P, state_size]: states of all tokens before. states float32 [B, S, "
-          "state_size]: where those of the latest are written.\n\n"
-          "Raises:\n    ValueError: The kind is not causal, or a shape or dtype does not fit.")
+          "Where it works: cpu, or cuda:0 and the like.")
+      .def_property_readonly("workspace_bytes", &Predictor::workspace_bytes,
+                             "Of the GPU's memory held now, weights among them; 0 on the CPU.")
       .def_property_readonly("is_causal", &Predictor::is_causal,
                              "Whether advance() works: no token is foretold from later ones.")
       .def_property_readonly("state_size", &Predictor::state_size,

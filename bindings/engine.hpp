@@ -20,15 +20,16 @@
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/slab_layout.hpp"
 #include "sida/hash/hash_table.hpp"
+#include "sida/hash/predictor_weights.hpp"
 #include "sida/schedule/offload_scheduler.hpp"
 #include "sida/schedule/replay.hpp"
 #include "sida/schedule/run_times.hpp"
 
 namespace sida::bindings {
 
-// Cache, scheduler and layer behind interfaces: Python picks backend and policy by argument, C++ at
-// compile time. engine_of.hpp has what stands behind the interfaces, engine.cpp and cuda/ its
-// instantiations.
+// Cache, scheduler, layer and predictor behind interfaces: Python picks backend and policy by
+// argument, C++ at compile time. engine_of.hpp has what stands behind the interfaces, engine.cpp
+// and cuda/ its instantiations.
 
 /// What Python calls an ExpertStore: a store, and what its slabs mean.
 struct Store {
@@ -99,6 +100,23 @@ class AnyCache {
   virtual std::shared_ptr<AnyScheduler> make_scheduler(const SchedulerOptions& options) = 0;
 };
 
+class AnyPredictor {
+ public:
+  virtual ~AnyPredictor() = default;
+  virtual HashTable predict(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                            std::uint64_t key, std::int32_t candidates, Stream stream) const = 0;
+  virtual HashTable advance(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                            const ConstTensorView& past, const TensorView& states,
+                            std::uint64_t key, std::int32_t candidates, Stream stream) const = 0;
+  virtual bool is_causal() const = 0;
+  virtual std::int64_t state_size() const = 0;
+  virtual const PredictorWeights& weights() const = 0;
+  /// The GPU that arrays may be on; -1: in RAM alone.
+  virtual int cuda_device() const = 0;
+  /// Of the GPU's memory.
+  virtual std::size_t workspace_bytes() const = 0;
+};
+
 /// @throws InvalidArgument for other names than fifo, lru, lfu, lookahead and auto, and as replay.
 ReplayResult replay(const std::string& policy, const HashTable& routing, const HashTable& foretold,
                     const ReplayOptions& options);
@@ -107,6 +125,9 @@ ReplayResult replay(const std::string& policy, const HashTable& routing, const H
 /// @throws InvalidArgument for other names, and as ExpertCache.
 std::shared_ptr<AnyCache> make_cpu_cache(const Store& store, const Budget& budget,
                                          const std::string& policy);
+
+/// @throws as HashPredictor.
+std::shared_ptr<AnyPredictor> make_cpu_predictor(PredictorWeights weights);
 
 /// See PinnedLayers.
 class AnyPinnedLayers {
@@ -129,6 +150,9 @@ struct CudaPart {
   /// Pinned memory for experts that are taken layer by layer. @throws CudaError.
   std::shared_ptr<AnyPinnedLayers> (*pin_layers)(const MoeConfig& config,
                                                  const std::string& device);
+  /// @throws as HashPredictor.
+  std::shared_ptr<AnyPredictor> (*make_predictor)(PredictorWeights weights,
+                                                  const std::string& device);
   /// @throws InvalidArgument, CudaError unless there is a GPU of this name.
   void (*check)(const std::string& device);
 };

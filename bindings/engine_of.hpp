@@ -16,6 +16,7 @@
 #include "sida/cache/look_ahead_policy.hpp"
 #include "sida/cache/lru_policy.hpp"
 #include "sida/ffn/expert_ffn.hpp"
+#include "sida/hash/hash_predictor.hpp"
 #include "sida/layer/offloaded_experts.hpp"
 
 // What stands behind the interfaces of engine.hpp, for any backend and policy. Each backend's
@@ -185,6 +186,53 @@ class Cache : public AnyCache, public std::enable_shared_from_this<Cache<B, Poli
   Store store_;
   B backend_;
   ExpertCache<B, Policy> cache_;
+};
+
+template <Backend B>
+class Predictor : public AnyPredictor {
+ public:
+  Predictor(HashPredictor<B> predictor, int device)
+      : predictor_(std::move(predictor)), device_(device) {}
+
+  HashTable predict(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                    std::uint64_t key, std::int32_t candidates, Stream stream) const override {
+    if constexpr (has_streams)
+      return here().predict(embeddings, mask, key, candidates, stream);
+    else
+      return here().predict(embeddings, mask, key, candidates);
+  }
+  HashTable advance(const ConstTensorView& embeddings, std::span<const std::uint8_t> mask,
+                    const ConstTensorView& past, const TensorView& states, std::uint64_t key,
+                    std::int32_t candidates, Stream stream) const override {
+    if constexpr (has_streams)
+      return here().advance(embeddings, mask, past, states, key, candidates, stream);
+    else
+      return here().advance(embeddings, mask, past, states, key, candidates);
+  }
+  bool is_causal() const override { return predictor_.is_causal(); }
+  std::int64_t state_size() const override { return predictor_.state_size(); }
+  const PredictorWeights& weights() const override { return predictor_.weights(); }
+  int cuda_device() const override { return device_; }
+  std::size_t workspace_bytes() const override {
+    if constexpr (has_streams)
+      return here().workspace_bytes();
+    else
+      return 0;
+  }
+
+ private:
+  static constexpr bool has_streams = requires(const HashPredictor<B>& predictor) {
+    predictor.workspace_bytes();
+  };
+
+  const HashPredictor<B>& here() const {
+    if constexpr (has_streams) process_.check();  // another process has no part of the GPU
+    return predictor_;
+  }
+
+  Process process_;
+  HashPredictor<B> predictor_;
+  int device_;
 };
 
 template <class T>

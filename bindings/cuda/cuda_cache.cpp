@@ -71,10 +71,16 @@ std::shared_ptr<AnyCache> make_cache(const Store& store, const Budget& budget,
   });
 }
 
+std::shared_ptr<AnyPredictor> make_predictor(PredictorWeights weights, const std::string& device) {
+  const CudaBackend backend = open_gpu(device);
+  return std::make_shared<Predictor<CudaBackend>>(
+      HashPredictor<CudaBackend>(backend, std::move(weights)), backend.device());
+}
+
 void check(const std::string& device) { open_gpu(device); }
 
 }  // namespace
 
-const CudaPart part{&make_cache, &pin_layers, &check};
+const CudaPart part{&make_cache, &pin_layers, &make_predictor, &check};
 
 }  // namespace sida::bindings

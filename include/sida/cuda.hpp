@@ -7,4 +7,5 @@
 #include "sida/cache/pinned_store.hpp"
 #include "sida/ffn/expert_ffn_cuda.hpp"
 #include "sida/ffn/kernel_table.hpp"
+#include "sida/hash/hash_predictor_cuda.hpp"
 #include "sida/schedule/slab_loader_cuda.hpp"

@@ -133,7 +133,7 @@ class HashTable:
 
 class HashPredictor:
     @staticmethod
-    def load(path: _Path) -> HashPredictor: ...
+    def load(path: _Path, *, device: str = "cpu") -> HashPredictor: ...
     def predict(
         self,
         embeddings: _DLPackArray,
@@ -152,6 +152,10 @@ class HashPredictor:
         key: int = 0,
         candidates: int = 8,
     ) -> HashTable: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def workspace_bytes(self) -> int: ...
     @property
     def is_causal(self) -> bool: ...
     @property

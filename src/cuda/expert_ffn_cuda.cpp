@@ -10,6 +10,7 @@
 
 #include "device_scope.hpp"
 #include "expert_kernels.hpp"
+#include "launched.hpp"
 #include "layer_shape.hpp"
 #include "pinned_ring.hpp"
 #include "routing_log.hpp"

@@ -7,6 +7,7 @@
 
 #include "choose_kernel.hpp"
 #include "device_scope.hpp"
+#include "launched.hpp"
 #include "layer_shape.hpp"
 
 namespace sida {

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "expert_kernels.hpp"
 #include "sida/core/error.hpp"
@@ -69,18 +67,6 @@ inline LayerShape shape_of(const MoeConfig& config) {
   shape.up_bias = config.up_bias;
   shape.down_bias = config.down_bias;
   return shape;
-}
-
-/// Runs what launches kernels; their errors come as CudaError.
-template <class F>
-void launched(F&& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& error) {
-    throw InvalidArgument(error.what());
-  } catch (const std::runtime_error& error) {
-    throw CudaError(error.what());
-  }
 }
 
 }  // namespace sida::cuda

@@ -11,6 +11,7 @@
 
 #include "choose_kernel.hpp"
 #include "device_scope.hpp"
+#include "launched.hpp"
 #include "layer_shape.hpp"
 #include "measure.hpp"
 #include "sida/backend/buffer.hpp"

@@ -66,7 +66,8 @@ def offload(
             scales come from its hash table, and the routers never run; their logits are then
             missing among a model's `router_logits`. Padding is left out in those layers.
         predictor: From `sida.train_predictor`, the path of one, or (of an encoder) a recorded
-            HashTable. Whatever it is, with exact routing a decoder's passes without a hash table
+            HashTable. It works where the experts are computed; a `sida.HashPredictor` where it was
+            loaded for. Whatever it is, with exact routing a decoder's passes without a hash table
             look ahead: the next layer's router, on this layer's input, tells which experts may come
             early; see `look_ahead` in `stats()`. False: no look-ahead either.
         policy: Which expert makes way: "fifo", "lru", "lfu", "lookahead" (what the hash tables
@@ -98,7 +99,7 @@ def offload(
     checks.check_model(model)
     dtype = checks.experts_dtype(adapter)
     place = Place(checks.find_device(device, model_device(model), host_memory), host_memory)
-    tables = open_tables(predictor, adapter, routing=routing)
+    tables = open_tables(predictor, adapter, routing=routing, device=place.device)
     return Offloaded(
         model,
         adapter,

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class Tables(Protocol):
 class PredictedTables:
     """Tables made by a hash predictor."""
 
-    def __init__(self, predictor: Any, adapter: ExpertAdapter) -> None:
+    def __init__(self, predictor: Any, adapter: ExpertAdapter, device: str = "cpu") -> None:
         for name, own, model in (
             ("MoE layers", predictor.layers, len(adapter.layer_names)),
             ("experts", predictor.experts, adapter.num_experts),
@@ -65,13 +66,17 @@ class PredictedTables:
             )
         self.state_size: int = predictor.state_size if adapter.causal else 0
         self._predictor = predictor
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._takes = torch.device(getattr(predictor, "device", "cpu"))  # arrays there, or in RAM
         self._top_k = adapter.top_k
         self._candidates = max(CANDIDATES, adapter.top_k)
 
     def build(self, key: int, embeddings: Callable[[], Tensor], mask: Tensor) -> HashTable:
         """Predict the table of one batch."""
-        values = _in_ram(embeddings())
-        table = self._predictor.predict(values, mask, key=key, candidates=self._candidates)
+        with self._beside():
+            values = self._given(embeddings())
+            table = self._predictor.predict(values, mask, key=key, candidates=self._candidates)
         assert isinstance(table, HashTable)
         return _of_choices(table, self._top_k)
 
@@ -79,9 +84,10 @@ class PredictedTables:
         self, key: int, embeddings: Tensor, mask: Tensor, past: Tensor
     ) -> tuple[HashTable, Tensor]:
         """Predict the table of a decoder's latest tokens; see `AdvancingTables.advance`."""
-        states = torch.empty(*mask.shape, self.state_size)
+        values = self._given(embeddings)
+        states = torch.empty(*mask.shape, self.state_size, device=values.device)
         table = self._predictor.advance(
-            _in_ram(embeddings),
+            values,
             mask,
             past=past,
             states=states,
@@ -89,6 +95,26 @@ class PredictedTables:
             candidates=self._candidates,
         )
         return _of_choices(table, self._top_k), states
+
+    def _given(self, embeddings: Tensor) -> Tensor:
+        """Return embeddings as the predictor takes them."""
+        is_there = embeddings.device == self._takes
+        return (
+            embeddings.detach().to(self._takes if is_there else "cpu", torch.float32).contiguous()
+        )
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """Return a context in which work on a GPU does not wait for what the model has enqueued.
+
+        Reading a batch has waited for its ids or its embeddings; that leaves the model's weights.
+        """
+        if self._device == "cpu":
+            return nullcontext()
+        if self._stream is None:
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._stream = stream
+        return torch.cuda.stream(self._stream)
 
 
 def _of_choices(table: HashTable, top_k: int) -> HashTable:
@@ -104,10 +130,6 @@ def _of_choices(table: HashTable, top_k: int) -> HashTable:
         probs=np.minimum(1, top_k * table.probs),
         scale=table.scale,
     )
-
-
-def _in_ram(embeddings: Tensor) -> Tensor:
-    return embeddings.detach().to("cpu").float().contiguous()
 
 
 class RecordedTables:
@@ -155,7 +177,9 @@ class RecordedTables:
         )
 
 
-def open_tables(predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact") -> Tables | None:
+def open_tables(
+    predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact", device: str = "cpu"
+) -> Tables | None:
     """Return what makes tables for a model.
 
     Args:
@@ -163,6 +187,7 @@ def open_tables(predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact
             else with HashPredictor's attributes and `predict`; None or False for none.
         adapter: The model.
         routing: "exact" or "predicted".
+        device: Where the experts are computed: a predictor that is loaded here works there, too.
 
     Raises:
         ValueError: It belongs to another model, or does not foretell what this one needs.
@@ -178,7 +203,7 @@ def open_tables(predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact
             'its experts early; pass routing="exact"'
         )
     if isinstance(predictor, str | os.PathLike):
-        predictor = load(predictor)
+        predictor = load(predictor, device)
     if isinstance(predictor, HashTable):
         if adapter.causal:
             raise ValueError(
@@ -190,7 +215,7 @@ def open_tables(predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact
         with tempfile.TemporaryDirectory(prefix="sida-predictor-") as folder:
             path = Path(folder) / "predictor.safetensors"
             predictor.save(path)
-            predictor = HashPredictor.load(path)
+            predictor = HashPredictor.load(path, device=device)
     expected = ["predict", "layers", "heads", "experts", "fingerprint"]
     if adapter.causal:
         expected += ["kind", "is_causal", "state_size", "advance"]
@@ -200,18 +225,18 @@ def open_tables(predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact
             "expected predictor to be a path, a predictor or a HashTable, got "
             f"{type(predictor).__name__} (without {', '.join(missing)})"
         )
-    return PredictedTables(predictor, adapter)
+    return PredictedTables(predictor, adapter, device)
 
 
-def load(path: str | os.PathLike[str]) -> HashPredictor | HashTable:
-    """Load a predictor's or a hash table's file, whichever it is."""
+def load(path: str | os.PathLike[str], device: str = "cpu") -> HashPredictor | HashTable:
+    """Load a predictor's or a hash table's file, whichever it is; a predictor for a device."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"expected a file of a predictor or a hash table, found none at {os.fspath(path)}"
         )
     if _format(Path(path)) == "sida-hash-table":
         return HashTable.load(path)
-    return HashPredictor.load(path)
+    return HashPredictor.load(path, device=device)
 
 
 def _format(path: Path) -> str | None:

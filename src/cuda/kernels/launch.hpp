@@ -29,6 +29,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+/// Bytes of dynamic shared memory that a block may have beside 1 KiB of its own, where it asks.
+inline int shared_memory_room() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+}
+
 /// The first number of the device's compute capability: 9 is Hopper.
 inline int compute_capability() { return device_attribute(cudaDevAttrComputeCapabilityMajor); }
 
