@@ -176,3 +176,11 @@ def reference_key(ids: Any, mask: Any) -> int:
         word = token * 2 + flag
         key = (key ^ scramble((word + 0x9E3779B97F4A7C15) % 2**64)) * 0x100000001B3 % 2**64
     return scramble(key)
+
+
+def test_a_predictor_is_loaded_for_a_device() -> None:
+    path = DATA / "predictor_lstm.safetensors"
+    predictor = HashPredictor.load(path, device="cpu")
+    assert (predictor.device, predictor.workspace_bytes) == ("cpu", 0)
+    with pytest.raises(ValueError, match='expected "cpu", "cuda" or "cuda:1", got "tpu"'):
+        HashPredictor.load(path, device="tpu")
