@@ -43,11 +43,11 @@ void launch_product(const Product& product, cudaStream_t stream) {
       constexpr int each = phase == Phase::gated_up ? full_outputs / 2 : full_outputs;
       const unsigned row_blocks = std::min(blocks(shape.tokens, full_rows), 16u);
       check(cudaFuncSetAttribute(tiled_kernel<phase>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(totals_bytes)),
+                                 static_cast<int>(totals_bytes<phase>)),
             "reserve shared memory");
       return launch_shared(what, tiled_kernel<phase>,
                            dim3(blocks(outputs, each), experts, row_blocks), full_threads,
-                           totals_bytes, stream, product);
+                           totals_bytes<phase>, stream, product);
     }
   }
   const unsigned row_blocks = std::min(blocks(shape.tokens, general_rows), 16u);

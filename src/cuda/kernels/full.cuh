@@ -14,7 +14,10 @@ constexpr int full_rows = 128, full_outputs = 128, full_depth = 8;
 /// terms.
 constexpr int full_chunk = 16;
 constexpr int full_sums = full_rows * full_outputs / full_threads;
-constexpr std::size_t totals_bytes = full_rows * full_outputs * sizeof(float);
+template <Phase phase>
+constexpr std::size_t totals_bytes = phase == Phase::gated_up
+                                         ? 0
+                                         : full_rows* full_outputs * sizeof(float);
 
 /// For few rows: a warp computes one output (with a gate: and the one beside it) of one expert
 /// (blockIdx.y of the active ones), four rows at a time.
@@ -78,7 +81,9 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
                 "a thread copies 16 bytes of either operand");
   __shared__ __align__(16) float x[2][full_depth][full_rows + 4];
   __shared__ __align__(16) float w[2][full_depth][full_outputs + 4];
-  extern __shared__ float totals[][full_threads];  // a column is one thread's
+  // One block with a gate fills a multiprocessor and has registers to spare; else a column each.
+  extern __shared__ float shared_totals[][full_threads];
+  float own_totals[Task::gated ? full_sums : 1];
   wait_for_previous();
   let_next_start();
   if (static_cast<int>(blockIdx.y) >= *product.plan.active_count) return;
@@ -89,6 +94,12 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
   const int outputs = task.outputs(), depth = task.depth();
   const int first_output = static_cast<int>(blockIdx.x) * outputs_each;
   const int thread = static_cast<int>(threadIdx.x), tx = thread % 16, ty = thread / 16;
+  const auto total = [&](int i) -> float& {
+    if constexpr (Task::gated)
+      return own_totals[i];
+    else
+      return shared_totals[i][thread];
+  };
   const int copied = thread / 2, piece = thread % 2 * 4;
   const int steps = (depth + full_depth - 1) / full_depth;
 
@@ -114,7 +125,7 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
     };
     float sums[8][8] = {};
 #pragma unroll
-    for (int i = 0; i < full_sums; ++i) totals[i][thread] = 0.0f;
+    for (int i = 0; i < full_sums; ++i) total(i) = 0.0f;
     load(0);
     __syncthreads();
     store(0);
@@ -141,14 +152,14 @@ __global__ void __launch_bounds__(full_threads, phase == Phase::down ? 2 : 1)
       if ((step + 1) % full_chunk == 0 || step + 1 == steps) {
 #pragma unroll
         for (int i = 0; i < full_sums; ++i) {
-          totals[i][thread] += sums[i / 8][i % 8];
+          total(i) += sums[i / 8][i % 8];
           sums[i / 8][i % 8] = 0.0f;
         }
       }
       __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < full_sums; ++i) sums[i / 8][i % 8] = totals[i][thread];
+    for (int i = 0; i < full_sums; ++i) sums[i / 8][i % 8] = total(i);
 #pragma unroll
     for (int r = 0; r < 8; ++r)
 #pragma unroll
