@@ -21,9 +21,10 @@ namespace sida {
 /// share weights and memory. Arrays may lie in RAM, pinned or not, or on the GPU, where they are
 /// read and written in place. Tables are the same whatever the batch around a sentence.
 ///
-/// Beside the weights it holds memory for 4096 tokens, or one sentence if that is longer, and for
-/// the states of 16384 earlier tokens in advance(): for the trained kinds some 10 KiB a token. It
-/// grows to the largest call so far and is kept.
+/// Beside the weights it holds memory for 4096 tokens, or one sentence if that is longer, for the
+/// states of 16384 earlier tokens in advance(), and at most 32 MiB for attention: with a hidden
+/// size of 256 some 10 KiB a token and 5 KiB a state. It grows to the largest call so far and is
+/// kept.
 template <>
 class HashPredictor<CudaBackend> {
  public:
