@@ -29,6 +29,8 @@ import sida
 
 SHARES = (0.75, 0.5, 0.25)
 PROMPT, LONG_PROMPT = 32, 512
+WARM = 24
+"""Tokens that every candidate reads before those that count."""
 ROUND = 8
 """Tokens whose times are added: with few experts they differ much from one to the next."""
 BATCHED_BYTES = 40 << 30
@@ -40,8 +42,6 @@ LLAMA_CPP = 29.8
 H200 with 16 cores (llama.cpp 0c1e57098): not measured in the same run."""
 LAYER_SECONDS = 40e-6
 """What sida may add to a layer's call on the calling thread."""
-GRAPHED = 4
-"""Walks through all layers in a CUDA graph."""
 
 
 def wait() -> None:
@@ -112,12 +112,6 @@ def link_peak(device: str) -> float:
     return rate(len(source), lambda: target.copy_(source, non_blocking=True))
 
 
-def read_peak(device: str) -> float:
-    """Return the bytes a second at which the GPU reads its memory."""
-    values = torch.ones((2 << 30) // 8 if device == "cuda" else 1 << 20, device=device).double()
-    return rate(values.nbytes, values.sum)
-
-
 def skew(off: sida.Offloaded, ids: Tensor) -> float:
     """Return the share of a layer's uses that its most used tenth of experts has."""
     off.reset_stats()
@@ -138,6 +132,8 @@ def resident(
     ways = {"sida": Decoding(ours, tokens)} | {
         name: Decoding(model, tokens, name) for name in ("eager", "grouped_mm", "batched_mm")
     }
+    early = [way.token() for way in ways.values() for _ in range(WARM)]
+    print("tokens that are not counted, ms:", [round(1e3 * took, 1) for took in early], flush=True)
     decode = harness.interleave({name: way.token for name, way in ways.items()}, turns)
     if batched_bytes > BATCHED_BYTES:
         del ways["batched_mm"]
@@ -234,10 +230,8 @@ class Blocks:
             block.experts(*routed)
 
 
-def blocks_alone(
-    ways: dict[str, Blocks], layers: int, turns: int, graphs: bool
-) -> dict[str, dict[str, Any]]:
-    """Time blocks and experts alone: on the calling thread, to the end, and in a CUDA graph."""
+def blocks_alone(ways: dict[str, Blocks], layers: int, turns: int) -> dict[str, dict[str, Any]]:
+    """Time blocks and experts alone: on the calling thread, and to the end."""
     found: dict[str, dict[str, Any]] = {}
     for part in ("blocks", "experts"):
         runs = {name: getattr(way, part) for name, way in ways.items()}
@@ -256,50 +250,7 @@ def blocks_alone(
         for what, timed in (("thread", thread), ("eager", eager)):
             candidates = {name: functools.partial(timed, name) for name in ways}
             found[f"{part}_{what}"] = harness.interleave(candidates, turns)
-    if graphs:
-        for part in ("experts", "blocks"):
-            found[f"{part}_graph"] = in_graphs(ways, part, layers, turns)
     return found
-
-
-def in_graphs(ways: dict[str, Blocks], part: str, layers: int, turns: int) -> dict[str, Any]:
-    """Time what can be captured; what cannot, says why."""
-    graphs: dict[str, Callable[[], float]] = {}
-    refused: dict[str, Any] = {}
-    for name, way in ways.items():
-        way.use()
-        try:
-            graph = captured(getattr(way, part))
-        except RuntimeError as error:
-            refused[name] = {"refused": str(error).splitlines()[0]}
-            continue
-        graphs[name] = functools.partial(_replayed, graph, layers)
-    return {**harness.interleave(graphs, turns), **refused}
-
-
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Return a graph of some runs."""
-    aside: Any = torch.cuda.Stream  # torch has no types for it
-    with torch.cuda.stream(aside()):
-        for _ in range(3):
-            run()
-        torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPHED):
-            run()
-    return graph
-
-
-def _replayed(graph: torch.cuda.CUDAGraph, layers: int) -> float:
-    make: Any = torch.cuda.Event  # torch has no types for it
-    begin, end = make(enable_timing=True), make(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / (layers * GRAPHED)
 
 
 def free_memory() -> None:
@@ -309,24 +260,28 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def bring_all(off: sida.Offloaded, tokens: Tensor) -> None:
-    """Read text until every expert is resident, or no more of it brings any."""
-    for begin in range(0, tokens.shape[1], LONG_PROMPT):
-        off.model(input_ids=tokens[:, begin : begin + LONG_PROMPT], use_cache=False)
+def bring_all(off: sida.Offloaded, experts: int, top_k: int) -> None:
+    """Call every layer with choices that name each expert, so that all are resident."""
+    model: Any = off.model
+    for layer in model.model.layers:
+        rows = layer.mlp.gate.weight
+        ids = torch.arange(experts, device=rows.device).view(-1, top_k)
+        hidden = torch.zeros(len(ids), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        layer.mlp.experts(hidden, ids, torch.ones(ids.shape, device=rows.device))
     stats = off.stats()
-    print(f"{stats['resident_experts']} of {stats['total_experts']} experts are resident")
+    if stats["resident_experts"] < stats["total_experts"]:
+        raise RuntimeError(f"expected all experts to be resident, got\n{stats}")
 
 
 def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
     """Return the figures of one shape."""
     device, turns = options.device, options.repetitions
-    peaks = {"link": link_peak(device), "read": read_peak(device)}
+    peak = link_peak(device)
     tokens = text(8 * LONG_PROMPT, device)
     model = make_decoder(shape, device)
     result: dict[str, Any] = {
         "layers": shape.layers,
-        "link_bytes_per_second": peaks["link"],
-        "read_bytes_per_second": peaks["read"],
+        "link_bytes_per_second": peak,
         "accelerate": accelerated(model, tokens, device),
     }
     free_memory()
@@ -335,9 +290,9 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
     plain = sida.offload(copy.deepcopy(model), memory=0.25, device=device, predictor=False)
     free_memory()
     with off, plain:
-        bring_all(off, tokens)
-        result["most_used_tenth"] = skew(off, tokens[:, :2048])
         top_k, slot = model.config.num_experts_per_tok, off.stats()["slot_bytes"]
+        bring_all(off, off.stats()["total_experts"] // shape.layers, top_k)
+        result["most_used_tenth"] = skew(off, tokens[:, :2048])
         result["expert_bytes"], result["top_k"] = slot, top_k
         result["resident"], result["prompt_resident"] = resident(
             off.model, model, tokens, turns, LONG_PROMPT * top_k * slot
@@ -346,7 +301,7 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
         ways = {"sida": Blocks(off.model, hidden_size, device, None)} | {
             peer: Blocks(model, hidden_size, device, peer) for peer in ("grouped_mm", "batched_mm")
         }
-        result["alone"] = blocks_alone(ways, shape.layers, turns, device == "cuda")
+        result["alone"] = blocks_alone(ways, shape.layers, turns)
         own = result["resident"]["sida"]["median"]
         own_prompt = result["prompt_resident"]["sida"]["median"]
         for share in SHARES:
@@ -359,10 +314,10 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
                 {"no_prediction": plain, "look_ahead": off},
                 tokens[:, LONG_PROMPT:],
                 own,
-                peaks["link"],
+                peak,
                 max(4, turns // 4),
             )
-            few["prompt"] = prompts(off, tokens, own_prompt, peaks["link"], max(4, turns // 4))
+            few["prompt"] = prompts(off, tokens, own_prompt, peak, max(4, turns // 4))
             result[f"{share:.0%}"] = few
     result["targets"] = targets(name, result)
     return result
@@ -401,24 +356,17 @@ def targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         against = f"{what}, 100 %, against {peer}, times as fast"
         hold(against, peers[peer] / times["sida"], at_least=1.0)
     alone = found["alone"]
-    for way, what in (("eager", "called eagerly"), ("graph", "in a CUDA graph")):
-        times = {who: t.get("median") for who, t in alone.get(f"blocks_{way}", {}).items()}
-        if not times.get("sida"):
-            continue
-        fastest = min(value for who, value in times.items() if value and who != "sida")
-        hold(f"MoE block alone, {what}, times as fast", fastest / times["sida"], at_least=1.2)
+    times = {who: figures["median"] for who, figures in alone["blocks_eager"].items()}
+    fastest = min(value for who, value in times.items() if who != "sida")
+    hold("MoE block alone, times as fast", fastest / times["sida"], at_least=1.2)
     thread = alone["experts_thread"]["sida"]["median"]
     hold("calling thread, a layer's experts, µs", 1e6 * thread, at_most=1e6 * LAYER_SECONDS)
-    if in_graph := alone.get("experts_graph", {}).get("sida", {}).get("median"):
-        floor = found["top_k"] * found["expert_bytes"] / found["read_bytes_per_second"]
-        over = in_graph / (1.3 * floor + 10e-6)
-        hold("experts in a CUDA graph, time / (1.3 x floor + 10 µs)", over, at_most=1.0)
     return kept
 
 
 def measure(options: Any) -> dict[str, Any]:
     """Return the figures of the shapes that were asked for, beside those recorded before."""
-    path = harness.RESULTS / f"{NAME}.json"
+    path: Path = options.json
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     shapes: dict[str, Any] = dict(before.get("shapes", {}))
     for name in options.shape or SHAPES:
@@ -429,8 +377,10 @@ def measure(options: Any) -> dict[str, Any]:
         origin = harness.provenance()
         shapes[name] = {key: origin[key] for key in ("commit", "command", "date")}
         shapes[name] |= measure_shape(name, shape, options)
-        print(name, json.dumps(shapes[name]), flush=True)  # kept, whatever comes after it
-    return {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
+    results = {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
+    content = json.dumps({**harness.provenance(), **results}, indent=1) + "\n"
+    path.write_text(content, encoding="utf-8")
+    return results
 
 
 def all_targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -456,10 +406,17 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", choices=list(SHAPES), help="these alone")
     parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=harness.RESULTS / "cuda" / "decoder.json",
+        help="where results go, beside those of other shapes there, on a busy machine too: spreads "
+        "stand in it (default: %(default)s)",
+    )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    # With all experts resident the calling thread sets the pace, and a shared host's clock varies.
-    harness.run(NAME, options, lambda: measure(options), spread=2)
+    options.anyway = True  # a shared host's clock varies, and what is recorded says how much
+    harness.run(NAME, options, lambda: measure(options))
 
 
 if __name__ == "__main__":

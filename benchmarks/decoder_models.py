@@ -2,9 +2,10 @@
 """Decoders of well-known shapes with random weights, and tokens and routing with some skew.
 
 A vocabulary of 4096 keeps the model's head from hiding its layers. Tokens come as often as the
-words of a text. With random weights every expert is chosen equally often; here the rows of each
-router are scaled by exp(SKEW * n), n normal, so that some experts are chosen often and others
-rarely, and which they are depends on the token, as in trained models.
+words of a text. Embeddings are large beside what a layer adds, so that routing depends on the token
+and changes from layer to layer; otherwise attention, which takes means, would send all tokens the
+same way. The rows of each router are scaled by exp(SKEW * n), n normal, so that some experts are
+chosen more often than others. What comes of it is recorded: see `skew` in cuda_decoder.py.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 4096
-SKEW = 0.35
-WEIGHT = 0.02
-"""Standard deviation of all matrices."""
+SKEW = 0.2
+WEIGHT, EMBEDDING = 0.02, 0.5
+"""Standard deviations of all matrices and of the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def make_decoder(shape: Shape, device: str) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=WEIGHT)
+    model.model.embed_tokens.weight.data.normal_(std=EMBEDDING)
     for layer in model.model.layers:
         rows = layer.mlp.gate.weight
         rows.data.mul_((SKEW * torch.randn(len(rows), 1, device=device)).exp())
