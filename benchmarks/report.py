@@ -16,6 +16,7 @@ from typing import Any
 
 import report_decoder
 import report_gpu
+import report_gpu_decoder
 from report_tables import limit, milliseconds, nothing, number, table, targets_table
 
 ROOT = Path(__file__).parents[1]
@@ -393,7 +394,7 @@ BLOCKS: Mapping[str, Callable[[Results], str]] = {
         policies_shown,
         auto_policy,
     )
-} | {**report_decoder.BLOCKS, **report_gpu.BLOCKS}
+} | {**report_decoder.BLOCKS, **report_gpu.BLOCKS, **report_gpu_decoder.BLOCKS}
 
 
 def filled(text: str, results: Results) -> str:

@@ -80,6 +80,36 @@ def test_batches_of_a_trace_are_its_sentences_in_turn() -> None:
         assert (together.slice(batch).ids == np.concatenate(sentences, axis=1)).all()
 
 
+def test_decoders_on_a_gpu_are_shown_with_what_they_miss() -> None:
+    def took(seconds: float) -> dict[str, float]:
+        return {"median": seconds, "minimum": seconds / 2}
+
+    few = {**took(0.012), "moving": 0.002, "over_bound": 1.25, "hit_rate": 0.75}
+    decoder = {
+        "layers": 4,
+        "most_used_tenth": 0.35,
+        "accelerate": {"token": took(1), "prompt": took(2)},
+        "resident": {who: took(0.008) for who in ("sida", "eager", "grouped_mm", "batched_mm")},
+        "prompt_resident": {who: took(0.02) for who in ("sida", "eager", "grouped_mm")},
+        "alone": {
+            part: {who: took(9e-5) for who in ("sida", "grouped_mm", "batched_mm")}
+            for part in ("blocks_eager", "experts_eager", "experts_thread")
+        },
+        "50%": {"no_prediction": few, "look_ahead": few, "prompt": few},
+    }
+    target = {"what": "a token, time / (R + M)", "figure": 1.25, "at_most": 1.1, "met": False}
+    results = {"cuda_decoder": {"shapes": {"olmoe": decoder}, "targets": [target]}}
+    blocks = load("report_gpu_decoder").BLOCKS
+    page = "".join(block(results) for block in blocks.values())
+    same = "8.00 (4.00) | 8.00 (4.00) | 8.00 (4.00) | 8.00 (4.00) | 1000.00 (500.00)"
+    assert f"| olmoe, 4 layers, a token | {same} |" in page
+    assert "| olmoe, 50%, look-ahead | 75 % | 8.0 | 2.0 | 12.00 (6.00) | 1.25 |" in page
+    assert "a prompt of 512 | 20.00 (10.00) | 20.00 (10.00) | 20.00 (10.00) |  |" in page
+    assert "| olmoe, experts, calling thread | 90 | 90 | 90 |" in page
+    assert "has 35 % (olmoe) of its uses" in page and "1 of 1 are missed" in page
+    assert "| a token, time / (R + M) | 1.25 | ≤ 1.1 | **no** |" in page
+
+
 def test_unknown_block_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a block among"):
         report.filled("<!-- nonsense -->\n<!-- /nonsense -->", {})

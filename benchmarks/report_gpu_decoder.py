@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of docs/performance-gpu.md that show decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from report_tables import milliseconds, nothing, table, targets_table
+
+Results = Mapping[str, Any]
+NAME = "cuda_decoder"
+PEERS = ("eager", "grouped_mm", "batched_mm")
+WAYS = {"no_prediction": "without prediction", "look_ahead": "look-ahead"}
+
+
+def gpu_decoder(results: Results) -> str:
+    """All experts on the GPU, and half of them on the host by accelerate: times by shape."""
+    if NAME not in results:
+        return nothing()
+    rows = []
+    for shape, found in results[NAME]["shapes"].items():
+        for what, key, moved in (
+            ("a token", "resident", "token"),
+            ("a prompt of 512", "prompt_resident", "prompt"),
+        ):
+            times = found[key]
+            peers = [milliseconds(times[peer]) if peer in times else "" for peer in PEERS]
+            half = milliseconds(found["accelerate"][moved])
+            name = f"{shape}, {found['layers']} layers, {what}"
+            rows.append((name, milliseconds(times["sida"]), *peers, half))
+    return table(("", "sida, ms", *(f"{peer}, ms" for peer in PEERS), "accelerate, ms"), rows)
+
+
+def gpu_decoder_fewer(results: Results) -> str:
+    """A share of the experts on the GPU: a token's times against R + M."""
+    if NAME not in results:
+        return nothing()
+    rows = []
+    for shape, found in results[NAME]["shapes"].items():
+        own = found["resident"]["sida"]["median"]
+        for share in _shares(found):
+            for way, what in WAYS.items():
+                few = found[share][way]
+                rows.append(
+                    (
+                        f"{shape}, {share}, {what}",
+                        f"{100 * few['hit_rate']:.0f} %",
+                        f"{1e3 * own:.1f}",
+                        f"{1e3 * few['moving']:.1f}",
+                        milliseconds(few),
+                        f"{few['over_bound']:.2f}",
+                    )
+                )
+    return table(("a token", "hits", "R, ms", "M, ms", "ms", "/ (R + M)"), rows)
+
+
+def gpu_decoder_alone(results: Results) -> str:
+    """MoE blocks and their experts by themselves."""
+    if NAME not in results:
+        return nothing()
+    rows = []
+    for shape, found in results[NAME]["shapes"].items():
+        for part, what in (
+            ("blocks_eager", "block, to its end"),
+            ("experts_eager", "experts, to their end"),
+            ("experts_thread", "experts, calling thread"),
+        ):
+            times = found["alone"][part]
+            figures = [f"{1e6 * times[who]['median']:.0f}" for who in ("sida", *PEERS[1:])]
+            rows.append((f"{shape}, {what}", *figures))
+    return table(("a layer, one token", "sida, µs", "grouped_mm, µs", "batched_mm, µs"), rows)
+
+
+def gpu_decoder_targets(results: Results) -> str:
+    """Every target of the decoders, and how skewed the routing was."""
+    if NAME not in results:
+        return nothing()
+    found = results[NAME]
+    skews = ", ".join(
+        f"{100 * figures['most_used_tenth']:.0f} % ({shape})"
+        for shape, figures in found["shapes"].items()
+    )
+    missed = sum(not kept["met"] for kept in found["targets"])
+    return (
+        f"The tenth of a layer's experts that is used most has {skews} of its uses.\n\n"
+        f"{missed} of {len(found['targets'])} are missed.\n\n{targets_table(found['targets'])}"
+    )
+
+
+def _shares(found: Mapping[str, Any]) -> list[str]:
+    return [name for name in found if name.endswith("%")]
+
+
+BLOCKS = {
+    function.__name__.replace("_", "-"): function
+    for function in (gpu_decoder, gpu_decoder_fewer, gpu_decoder_alone, gpu_decoder_targets)
+}
