@@ -9,6 +9,7 @@
 #include "sida/core/expert_id.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
+#include "sida/core/thread.hpp"
 
 #include "sida/backend/backend.hpp"
 #include "sida/backend/buffer.hpp"

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "device_scope.hpp"
+#include "sida/core/thread.hpp"
 
 namespace sida {
 namespace {
@@ -56,7 +57,8 @@ void touch(std::byte* data, std::size_t bytes, int threads) {
       *reinterpret_cast<volatile std::byte*>(data + i * page) = std::byte{0};
   };
   std::vector<std::jthread> others;
-  for (std::size_t lane = 1; lane < lanes; ++lane) others.emplace_back(walk, lane);
+  for (std::size_t lane = 1; lane < lanes; ++lane)
+    others.push_back(start_thread<std::jthread>("that touches memory to pin", walk, lane));
   walk(0);
 }
 
@@ -299,6 +301,11 @@ void CudaBackend::synchronize(const Fence& fence) {
   };
   if (fence.mark_) finish(*fence.mark_);
   for (const auto& mark : fence.others_) finish(*mark);
+}
+
+void CudaBackend::finish(Stream& stream) noexcept {
+  cudaStreamSynchronize(stream.native());
+  cudaGetLastError();
 }
 
 std::size_t CudaBackend::available_bytes() const noexcept {

@@ -37,9 +37,14 @@ class PinnedRing {
   /// Sends what lies in the memory that next() gave.
   void send(void* to, std::size_t bytes, CudaBackend::Stream& stream) {
     Place& place = places_[at_];
-    backend_.copy_async(to, place.memory.data(), bytes, stream);
     if (!place.sent.native()) place.sent = backend_.make_event();
-    backend_.record(place.sent, stream);
+    backend_.copy_async(to, place.memory.data(), bytes, stream);
+    try {
+      backend_.record(place.sent, stream);
+    } catch (...) {  // the place is used again, by the next copy
+      backend_.finish(stream);
+      throw;
+    }
     place.is_sent = true;
     at_ = (at_ + 1) % places_.size();
   }

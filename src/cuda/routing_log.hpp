@@ -94,7 +94,12 @@ class RoutingLog {
   void commit(CudaBackend::Stream& stream, bool dropped) {
     const std::lock_guard lock(mutex_);
     Entry& entry = entries_[next_];
-    backend_.record(entry.done_, stream);
+    try {
+      backend_.record(entry.done_, stream);
+    } catch (...) {  // the place is used again, by the next call
+      backend_.finish(stream);
+      throw;
+    }
     if (dropped) entry.account_ = nullptr;
     entry.is_pending_ = true;
     next_ = (next_ + 1) % entries_.size();

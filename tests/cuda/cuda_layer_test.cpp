@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "cuda/device.hpp"
-#include "sida/cache/pinned_store.hpp"
-#include "sida/ffn/expert_ffn_cuda.hpp"
-#include "sida/layer/offloaded_experts.hpp"
-#include "sida/schedule/slab_loader_cuda.hpp"
+#include "cuda/layers_on_gpu.hpp"
 #include "support/catch.hpp"
 #include "support/layers.hpp"
 
@@ -15,73 +11,6 @@ using namespace sida;
 using namespace sida::test;
 
 namespace {
-
-// A copy of a tensor on the GPU.
-struct OnDevice {
-  explicit OnDevice(const Tensor& tensor) {
-    buffer.fill(tensor.bytes);
-    view = {buffer.data(), tensor.type, tensor.shape};
-  }
-  DeviceBuffer buffer;
-  ConstTensorView view;
-};
-
-// The model's layers on the GPU; ends what they are made of in the right order.
-template <class Policy>
-struct OnGpu {
-  OnGpu(const Model& m, std::size_t host_bytes, const Budget& budget)
-      : model(m),
-        cache(backend, std::make_shared<PinnedStore>(backend, m.store, host_bytes), budget),
-        scheduler(std::make_shared<OffloadScheduler<CudaBackend, Policy>>(backend, cache)),
-        ffn(std::make_shared<ExpertFfn<CudaBackend>>(backend, m.config)) {
-    for (std::int32_t layer = 0; layer < m.config.layers; ++layer)
-      layers.emplace_back(m.config, layer, scheduler, ffn);
-  }
-
-  Tensor forward(std::size_t layer) {
-    const LayerInput& input = model.inputs[layer];
-    const OnDevice hidden(input.hidden), ids(input.ids), weights(input.weights);
-    return output(
-        [&](const TensorView& out) {
-          layers[layer].forward(hidden.view, ids.view, weights.view, out);
-        },
-        layer);
-  }
-  Tensor forward_predicted(std::size_t layer) {
-    const OnDevice hidden(model.inputs[layer].hidden);
-    return output([&](const TensorView& out) { layers[layer].forward_predicted(hidden.view, out); },
-                  layer);
-  }
-  std::vector<std::byte> pass(std::optional<HashTable> table = {}) {
-    scheduler->begin_pass(std::move(table), 0, {});
-    std::vector<std::byte> bytes;
-    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-      const Tensor out = forward(layer);
-      bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
-    }
-    scheduler->end_pass();
-    return bytes;
-  }
-
-  // What `call` writes to memory that was full of NaNs.
-  template <class Call>
-  Tensor output(Call&& call, std::size_t layer) {
-    Tensor result(model.inputs[layer].hidden.shape, model.config.dtype);
-    DeviceBuffer out;
-    out.poison(result.bytes.size());
-    call(TensorView{out.data(), result.type, result.shape});
-    check_cuda(cudaStreamSynchronize(ffn->stream()));
-    copy_to_host(result.bytes.data(), out.data(), result.bytes.size());
-    return result;
-  }
-
-  const Model& model;
-  CudaBackend backend;
-  ExpertCache<CudaBackend, Policy> cache;
-  std::shared_ptr<OffloadScheduler<CudaBackend, Policy>> scheduler;
-  std::shared_ptr<ExpertFfn<CudaBackend>> ffn;
-  std::vector<OffloadedExperts<CudaBackend, Policy>> layers;
-};
 
 constexpr std::size_t all_pinned = std::size_t{1} << 30;
 

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "support/faults.hpp"
+
 namespace sida::test {
 
 /// @throws std::runtime_error with CUDA's reason.
@@ -60,6 +62,7 @@ class DeviceBuffer {
 
  private:
   void allocate(std::size_t bytes) {
+    const FaultsExempt exempt;
     check_cuda(cudaFree(data_));
     data_ = nullptr;
     check_cuda(cudaMalloc(reinterpret_cast<void**>(&data_), bytes ? bytes : 1));

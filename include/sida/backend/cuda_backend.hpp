@@ -94,7 +94,7 @@ class CudaBackend {
 
   /// Pinned memory of the host, zeros, which copies at the full rate of the link. Its pages are
   /// touched by `threads` threads and registered then: several times faster than cudaMallocHost.
-  /// @throws OutOfMemory, also where the system lets no more be pinned.
+  /// @throws OutOfMemory, also where the system lets no more be pinned; ThreadError.
   void* allocate_host(std::size_t bytes, int threads = 4);
   void deallocate_host(void* data, std::size_t bytes) noexcept;
 
@@ -114,6 +114,8 @@ class CudaBackend {
   Fence fence(Stream& stream);
   void wait(Stream& stream, const Fence& fence);
   void synchronize(const Fence& fence);
+  /// Waits for all work on the stream, where no fence could be had; of errors nothing is said.
+  void finish(Stream& stream) noexcept;
 
   /// Bytes of the GPU's memory that are free now, whoever uses the rest; 0 if they cannot be told.
   std::size_t available_bytes() const noexcept;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "sida/cache/expert_store.hpp"
+#include "sida/core/thread.hpp"
 
 namespace sida {
 
@@ -21,7 +22,7 @@ using FillReport = std::function<void(std::size_t done, std::size_t total)>;
 /// Reads the first experts of `source`, in order of layer and expert, to slabs one behind the
 /// other: as many as `slabs` has room for. `report` is called on the calling thread alone, the last
 /// time with everything there.
-/// @throws what the source or `report` throws; all threads have ended then.
+/// @throws what the source or `report` throws, ThreadError; all threads have ended then.
 inline void fill_slabs(ExpertStore& source, std::span<std::byte> slabs, int threads,
                        const FillReport& report = {}) {
   const std::size_t slab = source.slab_bytes(), count = slabs.size() / slab;
@@ -46,7 +47,13 @@ inline void fill_slabs(ExpertStore& source, std::span<std::byte> slabs, int thre
   };
   {
     std::vector<std::jthread> others;
-    for (int lane = 1; lane < threads; ++lane) others.emplace_back(work, FillReport());
+    try {
+      for (int lane = 1; lane < threads; ++lane)
+        others.push_back(start_thread<std::jthread>("that reads experts", work, FillReport()));
+    } catch (...) {
+      next = count;  // lets those that have begun end
+      throw;
+    }
     work(report);
   }
   if (error) std::rethrow_exception(error);

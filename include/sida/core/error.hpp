@@ -43,6 +43,12 @@ class CudaError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// The system gives no more threads. Python: RuntimeError.
+class ThreadError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 /// The object was closed, or is used in an order that it does not allow. Python: RuntimeError.
 class StateError : public std::logic_error {
  public:

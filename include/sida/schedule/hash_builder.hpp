@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "sida/core/error.hpp"
+#include "sida/core/thread.hpp"
 #include "sida/hash/hash_table.hpp"
 #include "sida/schedule/bounded_queue.hpp"
 #include "sida/schedule/trace.hpp"
@@ -43,12 +44,12 @@ class HashBuilder {
   /// while fewer than `ahead` tables wait; `announce` is told of a table as soon as it is there and
   /// returns its first step. An exception of either reaches the caller of next(), behind the tables
   /// that were built before. stop() waits `patience` for a source that is at work; what the source
-  /// refers to must outlive the source where that is not `for_ever`.
+  /// refers to must outlive the source where that is not `for_ever`. @throws ThreadError.
   HashBuilder(Source source, Announce announce, std::size_t ahead, Trace& trace,
               Seconds patience = for_ever)
       : patience_(patience),
         work_(std::make_shared<Work>(std::move(source), std::move(announce), ahead, trace)),
-        thread_([work = work_] { run(*work); }) {}
+        thread_(start_thread("that builds hash tables", [work = work_] { run(*work); })) {}
   HashBuilder(const HashBuilder&) = delete;
   HashBuilder& operator=(const HashBuilder&) = delete;
   ~HashBuilder() { stop(); }

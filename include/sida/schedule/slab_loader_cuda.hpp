@@ -60,9 +60,17 @@ class SlabLoader<CudaBackend> {
     backend_.wait(stream, readers);
     if (!is_awaited) backend_.wait(stream, last_awaited_);
     backend_.copy_async(to, from, bytes, stream);
-    const CudaBackend::Fence done = backend_.fence(stream);
+    const CudaBackend::Fence done = fence(stream);
     if (is_awaited) last_awaited_ = done;
     return done;
+  }
+  CudaBackend::Fence fence(CudaBackend::Stream& stream) {
+    try {
+      return backend_.fence(stream);
+    } catch (...) {  // the slot and the staging memory are used again, by the next load
+      backend_.finish(stream);
+      throw;
+    }
   }
 
   PinnedBuffer take(std::size_t bytes) {

@@ -249,10 +249,12 @@ class TransferQueue {
     }
     if (!is_waited_for(load)) return;
     // What was begun for another purpose, or another call, is tried once more for this one.
-    if (load.joined && error)
+    if (load.joined && error) {
+      --load.awaited->backlog;  // not begun, again
       demands_.push_front({load.id, load.awaited});
-    else
+    } else {
       load.awaited->error = error;
+    }
   }
   // Pins the expert, if it is resident, for the call that waits for it.
   bool hand_over(ExpertId id, Awaited& awaited) {

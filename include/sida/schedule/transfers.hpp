@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "sida/cache/expert_cache.hpp"
+#include "sida/core/thread.hpp"
 #include "sida/schedule/slab_loader.hpp"
 #include "sida/schedule/trace.hpp"
 #include "sida/schedule/transfer_queue.hpp"
@@ -32,7 +33,7 @@ class Transfers {
         queue_(cache, options) {
     try {
       for (int lane = 0; lane < options.threads; ++lane)
-        threads_.emplace_back([this, lane] { run(lane); });
+        threads_.push_back(start_thread("for transfers", [this, lane] { run(lane); }));
     } catch (...) {
       stop();
       throw;

@@ -8,10 +8,12 @@
 
 namespace sida::cuda {
 
-/// @throws std::runtime_error naming `what` and CUDA's reason.
+/// @throws std::runtime_error naming `what` and CUDA's reason. Clears the thread's last error, so
+/// that the next launch does not meet this one's.
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": CUDA reports " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": CUDA reports " + cudaGetErrorString(status));
 }
 
 /// The number of the current device.

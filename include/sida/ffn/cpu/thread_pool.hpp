@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "sida/core/error.hpp"
+#include "sida/core/thread.hpp"
 
 namespace sida {
 
@@ -23,13 +24,13 @@ namespace sida {
 /// One loop at a time; not to be called from within a loop. Destruction joins the threads.
 class ThreadPool {
  public:
-  /// `threads`, the caller included, is 1 or more. @throws InvalidArgument; std::system_error when
-  /// the system gives no more threads.
+  /// `threads`, the caller included, is 1 or more. @throws InvalidArgument, ThreadError.
   explicit ThreadPool(int threads) {
     SIDA_EXPECTS(threads >= 1, "threads: expected 1 or more, got " + std::to_string(threads));
     workers_.reserve(static_cast<std::size_t>(threads) - 1);
     try {
-      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+      for (int i = 1; i < threads; ++i)
+        workers_.push_back(start_thread("that computes", [this] { work(); }));
     } catch (...) {
       stop();
       throw;
