@@ -204,9 +204,12 @@ TEST_CASE("A budget that the machine cannot give is refused with both figures", 
       Cache(backend, small_store(), Budget::experts(4)),
       Catch::Matchers::ContainsSubstring("1024") && Catch::Matchers::ContainsSubstring("768"));
   Cache cache(backend, small_store(), Budget::experts(3));
+  backend.available = 0;  // all of it is the arena's
+  REQUIRE(bring(cache, {1, 1}));
   CHECK_THROWS_AS(cache.resize(Budget::experts(4)), OutOfMemory);
   CHECK_THROWS_AS(cache.resize(Budget::bytes(1)), InvalidArgument);
-  CHECK(cache.slots() == 3);  // the old budget stands
+  CHECK(cache.slots() == 3);  // the old budget stands, and the experts stay
+  CHECK(cache.resident() == std::vector<ExpertId>{{1, 1}});
   CHECK(bring(cache, {0, 0}));
 }
 

@@ -109,10 +109,12 @@ class ExpertCache {
 
   /// Replaces the arena by one of the new budget; every resident expert is dropped. Waits until no
   /// expert is leased or loading, and for what still reads or writes the slots.
-  /// @throws as the constructor, or what such work threw; the old budget then stands.
+  /// @throws as the constructor, or what such work threw; the old budget then stands, and where the
+  /// new one is larger than the memory that there is, so do the experts.
   void resize(const Budget& budget) {
     std::unique_lock lock(mutex_);
-    budget.slots(total_experts(), slot_bytes_, store_->staging_bytes());  // refuse before anything
+    const std::size_t count = slots_for(budget);  // what cannot be is refused before anything
+    if (!is_in_place(count)) expect_room(count);
     draining_ = true;
     changed_.wait(lock, [&] { return pinned_ == 0; });
     draining_ = false;
@@ -330,15 +332,16 @@ class ExpertCache {
     for (const Fences& fences : fences_) backend_.synchronize(fences.in_use);
   }
   void build() {
-    const auto count = static_cast<std::size_t>(
-        budget_.slots(total_experts(), slot_bytes_, store_->staging_bytes()));
+    const std::size_t count = slots_for(budget_);
     ++arenas_;
     slots_.clear();
     free_.clear();
     arena_ = {};
-    in_place_ = B::name() == "cpu" && count == slot_of_.size() &&
-                dynamic_cast<const ArrayStore*>(store_.get()) != nullptr;
-    if (!in_place_) arena_ = allocate(count * slot_bytes_, count);
+    in_place_ = is_in_place(count);
+    if (!in_place_) {
+      expect_room(count);
+      arena_ = Buffer<B>(backend_, count * slot_bytes_);
+    }
     slots_.resize(count);
     fences_.assign(count, {});
     for (std::size_t slot = count; slot-- > 0;) {
@@ -354,13 +357,22 @@ class ExpertCache {
       }
     }
   }
-  Buffer<B> allocate(std::size_t bytes, std::size_t experts) const {
-    const std::size_t available = backend_.available_bytes();
+  std::size_t slots_for(const Budget& budget) const {
+    return static_cast<std::size_t>(
+        budget.slots(total_experts(), slot_bytes_, store_->staging_bytes()));
+  }
+  bool is_in_place(std::size_t slots) const {
+    return B::name() == "cpu" && slots == slot_of_.size() &&
+           dynamic_cast<const ArrayStore*>(store_.get()) != nullptr;
+  }
+  // An arena is freed before the next is allocated.
+  void expect_room(std::size_t slots) const {
+    const std::size_t free = backend_.available_bytes(), bytes = slots * slot_bytes_;
+    const std::size_t available = free + std::min(arena_.size(), ~free);
     if (bytes > available)
-      throw OutOfMemory("memory: the budget's " + std::to_string(experts) + " experts take " +
+      throw OutOfMemory("memory: the budget's " + std::to_string(slots) + " experts take " +
                         std::to_string(bytes) + " bytes, but " + std::string(B::name()) + " has " +
                         std::to_string(available));
-    return Buffer<B>(backend_, bytes);
   }
 
   B& backend_;
