@@ -161,7 +161,11 @@ def run(
     if options.anyway:
         print(json.dumps(results, indent=1))
     else:
-        origin = {**provenance(), **(quietness(results, spread) if timed else {})}
+        try:
+            origin = {**provenance(), **(quietness(results, spread) if timed else {})}
+        except NotQuietError:
+            print(json.dumps(results, indent=1))  # to be seen, though not to be kept
+            raise
         print(write(name, {**origin, **results}))
 
 
