@@ -125,3 +125,31 @@ TEST_CASE("Without any table LookAhead misses less than LRU on the walk through 
   const auto passes = made_up(100, 12, 4);
   CHECK(run<LookAheadPolicy>(passes, 36, 0).loads < run<LruPolicy>(passes, 36, 0).loads * 9 / 10);
 }
+
+// All experts of a layer but one are used next at the same step: whichever the policy likes best to
+// evict, another that leaves in any case makes way.
+TEST_CASE("A link that has to bring as much as it can is hardly ever at rest", "[belady]") {
+  constexpr std::int32_t many = 128, walk = 6;
+  std::vector<HashTable> tables;
+  for (std::int32_t batch = 0; batch < 24; ++batch) {
+    PassNeeds needs(walk);
+    for (std::int32_t layer = 0; layer < walk; ++layer)
+      for (std::int32_t expert = 0; expert < many; ++expert)
+        if (expert != (7 * (batch % 8) + 31 * layer) % many)
+          needs[static_cast<std::size_t>(layer)].push_back(expert);
+    tables.push_back(table_of(needs, static_cast<std::uint64_t>(batch)));
+  }
+  const HashTable table = concatenate(tables);
+  for (const std::int64_t slots : {154, 384}) {
+    ReplayOptions options;
+    options.experts = many;
+    options.slab_bytes = 64;
+    options.memory = Budget::experts(slots);
+    options.bytes_per_second = 64 * 200;
+    options.layer_seconds = 0.1;
+    const ReplayResult result = replay<LookAheadPolicy>(table, table, options);
+    const double moving = static_cast<double>(result.stats.bytes_moved) / options.bytes_per_second;
+    CAPTURE(slots, result.seconds, moving);
+    CHECK(result.seconds <= 1.15 * moving);
+  }
+}
