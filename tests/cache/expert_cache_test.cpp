@@ -237,7 +237,9 @@ TEST_CASE("The policy chooses from among what may make way", "[cache]") {
   ExpertCache<CpuBackend, FifoPolicy> cache(backend, small_store(), Budget::experts(3));
   for (const std::int32_t expert : {0, 1, 2}) bring(cache, {0, expert});
   std::unique_lock lock(cache.mutex());
+  const auto any = [](ExpertId) { return true; };
   CHECK_FALSE(cache.reserve_locked({1, 0}, [](ExpertId) { return false; }));
+  CHECK_FALSE(cache.reserve_locked({1, 0}, any, [](ExpertId id) { return id.expert != 0; }));
   const auto loading = cache.reserve_locked({1, 0}, [](ExpertId id) { return id.expert != 0; });
   lock.unlock();
   REQUIRE(loading);

@@ -192,9 +192,10 @@ class ExpertCache {
     policy_.used(id);
     return pin(slot);
   }
-  /// As `reserve`, from among the experts that may make way: `may_evict(victim)`.
-  template <class MayEvict>
-  std::optional<Loading> reserve_locked(ExpertId id, MayEvict&& may_evict) {
+  /// As `reserve`, from among the experts that may make way, `may_evict(victim)`, and only if the
+  /// policy's choice is one that is accepted.
+  template <class MayEvict, class Accepts>
+  std::optional<Loading> reserve_locked(ExpertId id, MayEvict&& may_evict, Accepts&& accepts) {
     if (slot_of_[checked(id)] != none) return std::nullopt;
     std::optional<ExpertId> evicted;
     if (free_.empty()) {
@@ -208,6 +209,7 @@ class ExpertCache {
         throw StateError("the eviction policy '" + std::string(Policy::name()) + "' chose " +
                          std::to_string(choice) + " of " + std::to_string(candidates_.size()) +
                          " candidates");
+      if (!accepts(candidates_[choice])) return std::nullopt;
       evicted = candidates_[choice];
       evict(slot_of_[checked(*evicted)]);
     }
@@ -217,6 +219,10 @@ class ExpertCache {
     slot_of_[checked(id)] = slot;
     ++pinned_;
     return Loading(*this, slot, evicted);
+  }
+  template <class MayEvict>
+  std::optional<Loading> reserve_locked(ExpertId id, MayEvict&& may_evict) {
+    return reserve_locked(id, may_evict, [](ExpertId) { return true; });
   }
   void commit_locked(Loading loading, LoadedFor loaded_for, const Fence& arrival = {}) {
     loading.cache_ = nullptr;

@@ -223,12 +223,12 @@ class TransferQueue {
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
   std::optional<typename Cache::Loading> reserve_for(const Request& request) {
-    if (request.awaited->backlog < enough_backlog())
-      return cache_.reserve_locked(request.id, [](ExpertId) { return true; });
     const UseForecast& forecast = cache_.forecast();
-    const double again = forecast.expected_use_after(request.id, forecast.now());
+    const bool is_urgent = request.awaited->backlog < enough_backlog();
+    const double again = is_urgent ? 0 : forecast.expected_use_after(request.id, forecast.now());
     return cache_.reserve_locked(
-        request.id, [&](ExpertId victim) { return forecast.expected_use(victim) >= again; });
+        request.id, [](ExpertId) { return true; },
+        [&](ExpertId victim) { return is_urgent || forecast.expected_use(victim) >= again; });
   }
   // A load that takes the slot of an expert which was to stay leaves another there that was to make
   // way: the outlook, taken anew, keeps it. Until then prefetches take both, which moves more
