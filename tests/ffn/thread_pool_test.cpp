@@ -71,5 +71,13 @@ TEST_CASE("Fewer than one thread is refused", "[thread_pool]") {
   CHECK_THROWS_AS(ThreadPool(0), InvalidArgument);
 }
 
+TEST_CASE("A pool may end at any moment after it woke its threads", "[thread_pool]") {
+  for (int i = 0; i < 5000; ++i) {
+    ThreadPool pool(8);
+    pool.wake();
+    for (int wait = 0; wait < i % 64; ++wait) std::this_thread::yield();
+  }
+}
+
 }  // namespace
 }  // namespace sida::test

@@ -113,8 +113,9 @@ class ThreadPool {
   void work() noexcept {
     std::uint64_t seen = 0;
     for (;;) {
-      const auto changed = [&] {
-        return state_.load(std::memory_order_acquire) / announcement != seen;
+      const auto changed = [&] {  // join() may have seen the last announcement of all
+        return stopping_.load(std::memory_order_acquire) ||
+               state_.load(std::memory_order_acquire) / announcement != seen;
       };
       if (!spin(changed)) {
         std::unique_lock lock(mutex_);
