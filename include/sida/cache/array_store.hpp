@@ -13,6 +13,7 @@
 #include "sida/cache/expert_store.hpp"
 #include "sida/cache/slab_parts.hpp"
 #include "sida/core/error.hpp"
+#include "sida/core/expert_id.hpp"
 
 namespace sida {
 
@@ -72,8 +73,7 @@ class ArrayStore : public ExpertStore {
 
   /// The expert's parts, for use in place; valid as long as the store. The id is not checked.
   std::span<const ArrayPart> parts(ExpertId id) const noexcept {
-    return parts_[static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts_) +
-                  static_cast<std::size_t>(id.expert)];
+    return parts_[index_of(id, experts_)];
   }
 
  private:

@@ -22,6 +22,7 @@
 #include "sida/cache/slot_handles.hpp"
 #include "sida/cache/use_forecast.hpp"
 #include "sida/core/error.hpp"
+#include "sida/core/expert_id.hpp"
 
 namespace sida {
 
@@ -295,8 +296,7 @@ class ExpertCache {
   }
   std::size_t checked(ExpertId id) const {
     check_read(*store_, id, 0, 0);
-    return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(store_->experts()) +
-           static_cast<std::size_t>(id.expert);
+    return index_of(id, store_->experts());
   }
   const std::byte* slab(std::size_t slot) const noexcept {
     return in_place_ ? nullptr : arena_.data() + slot * slot_bytes_;

@@ -13,6 +13,7 @@
 #include "sida/cache/expert_store.hpp"
 #include "sida/cache/fill_slabs.hpp"
 #include "sida/cache/slab_parts.hpp"
+#include "sida/core/expert_id.hpp"
 
 namespace sida {
 
@@ -43,9 +44,7 @@ class PinnedStore : public ExpertStore {
   }
 
   const std::byte* pinned(ExpertId id) const noexcept override {
-    const std::size_t index =
-        static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts()) +
-        static_cast<std::size_t>(id.expert);
+    const std::size_t index = index_of(id, experts());
     return index < pinned_ ? slabs_.data() + index * slab_bytes() : nullptr;
   }
   /// Bytes of host memory that are pinned for experts.

@@ -123,10 +123,7 @@ class UseForecast {
     double probability;
   };
 
-  std::size_t index(ExpertId id) const noexcept {
-    return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts_) +
-           static_cast<std::size_t>(id.expert);
-  }
+  std::size_t index(ExpertId id) const noexcept { return index_of(id, experts_); }
   // Beyond everything that is known of its layer: the walk has to come to the layer again, and then
   // 1 / frequency times until it is this one.
   double unknown_use_after(ExpertId id, Step step) const noexcept {

@@ -16,6 +16,12 @@ struct ExpertId {
   friend auto operator<=>(const ExpertId&, const ExpertId&) = default;
 };
 
+/// The expert's place in order of layer and expert, with `experts` of them in each layer.
+constexpr std::size_t index_of(ExpertId id, std::int32_t experts) noexcept {
+  return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts) +
+         static_cast<std::size_t>(id.expert);
+}
+
 }  // namespace sida
 
 /// @cond

@@ -14,6 +14,7 @@
 
 #include "sida/cache/expert_store.hpp"
 #include "sida/cache/slab_parts.hpp"
+#include "sida/core/expert_id.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/ffn/slab_layout.hpp"
 #include "sida/io/checkpoint.hpp"
@@ -79,9 +80,7 @@ class CheckpointStore : public ExpertStore {
 
   void read(ExpertId id, std::size_t offset, std::span<std::byte> destination) override {
     check_read(*this, id, offset, destination.size());
-    const std::vector<SlabSource>& sources =
-        sources_[static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(config_.experts) +
-                 static_cast<std::size_t>(id.expert)];
+    const std::vector<SlabSource>& sources = sources_[index_of(id, config_.experts)];
     announce(sources, offset, 2 * destination.size());
     read_parts(std::span<const SlabSource>(sources), offset, destination,
                [this](const SlabSource& source, std::size_t begin, std::span<std::byte> bytes) {

@@ -72,10 +72,7 @@ class EvictionOutlook {
     std::vector<std::int64_t> loads;  // steps of the uses that find the expert absent, ascending
   };
 
-  std::size_t index(ExpertId id) const noexcept {
-    return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts_) +
-           static_cast<std::size_t>(id.expert);
-  }
+  std::size_t index(ExpertId id) const noexcept { return index_of(id, experts_); }
   // When each expert is used first, and again after each use: as an index, beyond all of them what
   // is only to be expected.
   void find_next(const std::deque<PlannedUse>& uses, std::size_t count,

@@ -66,10 +66,7 @@ class LoadExcess {
  private:
   static constexpr double absent = -1;
 
-  std::size_t index(ExpertId id) const noexcept {
-    return static_cast<std::size_t>(id.layer) * static_cast<std::size_t>(experts_) +
-           static_cast<std::size_t>(id.expert);
-  }
+  std::size_t index(ExpertId id) const noexcept { return index_of(id, experts_); }
   void begin_anew() {
     next_use_.assign(next_use_.size(), absent);
     by_use_.clear();

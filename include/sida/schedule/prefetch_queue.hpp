@@ -32,6 +32,7 @@ class PrefetchQueue {
         outlook_(cache.store().layers(), cache.store().experts()) {}
 
   double threshold() const noexcept { return threshold_; }
+  /// Whether nothing is foretold.
   bool empty() const noexcept { return uses_.empty(); }
 
   void add(OffloadPlan plan) {
@@ -90,9 +91,6 @@ class PrefetchQueue {
     scanned_ = 0;
     regretted_ = cache_.regretted_locked();
   }
-
-  /// Whether anything is foretold.
-  bool foretells() const noexcept { return !uses_.empty(); }
 
   /// Whether the expert makes way before its next use in any case, see EvictionOutlook. The outlook
   /// is taken once for each plan: experts that made way since are gone from it, too.

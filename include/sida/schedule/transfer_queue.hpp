@@ -66,7 +66,7 @@ class TransferQueue {
 
   /// A layer begins, the one that the forecast has begun, and needs these experts.
   void begin_layer(std::int32_t layer, const std::vector<std::int32_t>& experts) {
-    if (prefetches_.foretells())
+    if (!prefetches_.empty())
       excess_.needed(layer, experts, cache_.slots_locked(), cache_.forecast());
     prefetches_.drop_before(cache_.forecast().now() + 1);
   }
@@ -192,7 +192,7 @@ class TransferQueue {
   Load* begin(typename Cache::Loading slot, const std::shared_ptr<Awaited>& awaited,
               LoadedFor loaded_for) {
     ++stats_.loads;
-    if (prefetches_.foretells()) excess_.loaded();
+    if (!prefetches_.empty()) excess_.loaded();
     stats_.prefetches += loaded_for != LoadedFor::demand;
     stats_.look_ahead_loads += loaded_for == LoadedFor::look_ahead;
     const ExpertId id = slot.id();
@@ -217,9 +217,10 @@ class TransferQueue {
   // Experts on their way to a layer, or in its hands, that keep it and the link at work. More take
   // slots from experts that are used sooner, which few slots cannot bear, nor many loads too many.
   std::int64_t enough_backlog() const noexcept {
-    const bool is_excessive = excess_.is_too_high(cache_.unread_locked());
-    return is_excessive ? 1 : std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
+    const auto enough = std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
+    return enough > 1 && are_loads_too_many() ? 1 : enough;
   }
+  bool are_loads_too_many() const noexcept { return excess_.is_too_high(cache_.unread_locked()); }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
   std::optional<typename Cache::Loading> reserve_for(const Request& request) {
@@ -234,8 +235,8 @@ class TransferQueue {
   // way: the outlook, taken anew, keeps it. Until then prefetches take both, which moves more
   // bytes, and keeps the link at work.
   void spend(const typename Cache::Loading& slot) {
-    if (slot.evicted() && prefetches_.foretells() && !prefetches_.leaves(*slot.evicted()) &&
-        excess_.is_too_high(cache_.unread_locked()))
+    if (slot.evicted() && !prefetches_.empty() && !prefetches_.leaves(*slot.evicted()) &&
+        are_loads_too_many())
       prefetches_.look_again();
   }
   static bool is_waited_for(const Load& load) noexcept {
