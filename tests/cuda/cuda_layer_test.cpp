@@ -144,13 +144,9 @@ TEST_CASE("On the GPU predicted routing with the recorded table computes what ex
     OnGpu<LookAheadPolicy> engine(model, all_pinned, Budget::experts(slots));
     for (int turn = 0; turn < 3; ++turn) {
       engine.scheduler->begin_pass(table, 0, {});
-      std::vector<std::byte> bytes;
-      for (std::size_t layer = 0; layer < 3; ++layer) {
-        const Tensor out = engine.forward_predicted(layer);
-        bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
-      }
-      engine.scheduler->end_pass();
-      REQUIRE(bytes == expected);
+      REQUIRE(outputs_of_pass(engine, [&](std::size_t layer) {
+                return engine.forward_predicted(layer);
+              }) == expected);
     }
     const CacheStats stats = engine.scheduler->stats();
     CHECK(stats.total.predicted_calls == 9);

@@ -62,13 +62,7 @@ struct OnGpu {
     return rest_of_pass();
   }
   std::vector<std::byte> rest_of_pass() {
-    std::vector<std::byte> bytes;
-    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-      const Tensor out = forward(layer);
-      bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
-    }
-    scheduler->end_pass();
-    return bytes;
+    return outputs_of_pass(*this, [&](std::size_t layer) { return forward(layer); });
   }
 
   /// What `call` writes to memory that was full of NaNs.

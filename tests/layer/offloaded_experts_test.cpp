@@ -189,12 +189,10 @@ TEMPLATE_LIST_TEST_CASE(
   for (const Budget& budget : {Budget::experts(1), Budget::fraction(0.3), Budget::fraction(1)}) {
     Layers<typename TestType::backend, typename TestType::policy> engine(model, budget);
     engine.scheduler->begin_pass(table, 0, {});
-    std::vector<std::byte> bytes;
-    for (std::size_t layer = 0; layer < 3; ++layer) {
+    const auto bytes = outputs_of_pass(engine, [&](std::size_t layer) {
       CHECK(engine.layers[layer].has_prediction());
-      const Tensor out = engine.forward_predicted(layer);
-      bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
-    }
+      return engine.forward_predicted(layer);
+    });
     CHECK(bytes == expected);
     CHECK(engine.scheduler->stats().total.predicted_calls == 3);
     CHECK(engine.scheduler->stats().total.misses == 0);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/copied_store.hpp"
 #include "support/delays.hpp"
 #include "support/layers.hpp"
 
@@ -22,21 +23,6 @@ std::uint32_t setting(const char* name, std::uint32_t otherwise) {
   return text ? static_cast<std::uint32_t>(std::stoul(text)) : otherwise;
 }
 
-/// Reads from arrays as from a file: never used in place.
-class Copied : public ExpertStore {
- public:
-  explicit Copied(std::shared_ptr<ExpertStore> store) : store_(std::move(store)) {}
-  std::int32_t layers() const noexcept override { return store_->layers(); }
-  std::int32_t experts() const noexcept override { return store_->experts(); }
-  std::size_t slab_bytes() const noexcept override { return store_->slab_bytes(); }
-  void read(ExpertId id, std::size_t offset, std::span<std::byte> destination) override {
-    store_->read(id, offset, destination);
-  }
-
- private:
-  std::shared_ptr<ExpertStore> store_;
-};
-
 /// One schedule: batches whose tables are built ahead, right and wrong ones, in between passes
 /// without a table, look-ahead, another thread that looks on, and budgets that change.
 void run_schedule(std::uint32_t seed, const Model& model, const std::vector<std::byte>& expected,
@@ -48,7 +34,7 @@ void run_schedule(std::uint32_t seed, const Model& model, const std::vector<std:
   options.transfers.chunk_bytes = random() % 2 ? 1000 : std::size_t{1} << 20;
   Layers<DelayedBackend, DelayedPolicy> engine(
       model, Budget::experts(1 + static_cast<std::int64_t>(random() % 18)),
-      std::make_shared<Copied>(model.store), options);
+      std::make_shared<CopiedStore>(model.store), options);
   auto& scheduler = *engine.scheduler;
   if (random() % 2) engine.look_ahead = static_cast<std::int32_t>(random() % 3);
 

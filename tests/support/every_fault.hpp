@@ -14,6 +14,7 @@
 #include "sida/hash/hash_table.hpp"
 #include "support/catch.hpp"
 #include "support/faults.hpp"
+#include "support/layers.hpp"
 
 namespace sida::test {
 
@@ -84,13 +85,8 @@ class FaultyRun {
   }
   Bytes predicted() {
     engine_->scheduler->begin_pass(table_, 0, {});
-    Bytes bytes;
-    for (std::size_t layer = 0; layer < engine_->layers.size(); ++layer) {
-      const auto out = engine_->forward_predicted(layer);
-      bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
-    }
-    engine_->scheduler->end_pass();
-    return bytes;
+    return outputs_of_pass(*engine_,
+                           [this](std::size_t layer) { return engine_->forward_predicted(layer); });
   }
 
   void tables_ahead() {

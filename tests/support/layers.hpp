@@ -58,6 +58,18 @@ struct Model {
   std::shared_ptr<ExpertStore> store;
 };
 
+/// The bytes of what `forward(layer)` gives for every layer of a pass that was begun, and its end.
+template <class Engine, class Forward>
+std::vector<std::byte> outputs_of_pass(Engine& engine, Forward&& forward) {
+  std::vector<std::byte> bytes;
+  for (std::size_t layer = 0; layer < engine.layers.size(); ++layer) {
+    const Tensor out = forward(layer);
+    bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
+  }
+  engine.scheduler->end_pass();
+  return bytes;
+}
+
 template <class B, class P>
 struct Layers {
   Layers(const Model& m, const Budget& budget, std::shared_ptr<ExpertStore> store = nullptr,
@@ -96,13 +108,7 @@ struct Layers {
   }
   /// All layers of the pass that was begun, and its end.
   std::vector<std::byte> rest_of_pass() {
-    std::vector<std::byte> bytes;
-    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-      const Tensor out = forward(layer);
-      bytes.insert(bytes.end(), out.bytes.begin(), out.bytes.end());
-    }
-    scheduler->end_pass();
-    return bytes;
+    return outputs_of_pass(*this, [&](std::size_t layer) { return forward(layer); });
   }
 
   /// What is added to the next layer's expert ids where they are told ahead; 0: right guesses.
