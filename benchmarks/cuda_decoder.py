@@ -15,7 +15,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import harness
 import numpy as np
 import torch
 from decoder_models import SHAPES, SMALL, Shape, half_on_host, make_decoder, text
+from gpu_timing import finished, gpu, link_peak, wait
 from torch import Tensor
 
 import sida
@@ -42,21 +42,6 @@ LLAMA_CPP = 29.8
 H200 with 16 cores (llama.cpp 0c1e57098): not measured in the same run."""
 LAYER_SECONDS = 40e-6
 """What sida may add to a layer's call on the calling thread."""
-
-
-def wait() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def finished(run: Callable[[], object]) -> float:
-    """Return the seconds from a call to the end of its work."""
-    wait()
-    begin = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - begin
 
 
 class Decoding:
@@ -98,18 +83,6 @@ class Decoding:
 
     def _read(self, ids: Tensor) -> Any:
         return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
-
-
-def rate(bytes_of_one: int, run: Callable[[], object]) -> float:
-    """Return the bytes a second of the fastest of some runs."""
-    return bytes_of_one / min(finished(run) for _ in range(8))
-
-
-def link_peak(device: str) -> float:
-    """Return the bytes a second at which large pinned memory reaches the GPU."""
-    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=device == "cuda")
-    target = torch.empty_like(source, device=device)
-    return rate(len(source), lambda: target.copy_(source, non_blocking=True))
 
 
 def skew(off: sida.Offloaded, ids: Tensor) -> float:
@@ -386,15 +359,6 @@ def measure(options: Any) -> dict[str, Any]:
 def all_targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the targets of all shapes."""
     return [target for name in SHAPES if name in shapes for target in shapes[name]["targets"]]
-
-
-def gpu() -> dict[str, Any]:
-    """Say which GPU and driver this ran on."""
-    if not torch.cuda.is_available():
-        return {}
-    from cuda_encoder import gpu as of_encoder
-
-    return of_encoder()
 
 
 NAME = "cuda_decoder"

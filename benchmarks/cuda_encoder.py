@@ -13,7 +13,6 @@ import copy
 import functools
 import itertools
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from gpu_timing import finished, gpu, link_peak
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
@@ -76,23 +76,6 @@ def batches_of(shape: tuple[int, int]) -> list[Tensor]:
         torch.multinomial(often, shape[0] * shape[1], replacement=True).view(shape)
         for _ in range(BATCHES)
     ]
-
-
-def finished(run: Callable[[], object]) -> float:
-    """Return the seconds from a call to the end of its work on the GPU."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def link_peak() -> float:
-    """Return the bytes a second at which large pinned memory reaches the GPU."""
-    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device="cuda")
-    seconds = [finished(lambda: target.copy_(source, non_blocking=True)) for _ in range(8)]
-    return len(source) / min(seconds)
 
 
 class Grouped:
@@ -348,15 +331,6 @@ def targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
                 ),
             ]
     return found
-
-
-def gpu() -> dict[str, Any]:
-    """Say which GPU and driver this ran on, and what the clocks were."""
-    asked = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,pcie.link.gen.current"
-    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    values = said.stdout.splitlines()[torch.cuda.current_device()].split(", ")
-    return {**dict(zip(asked.split(","), values, strict=True)), "cuda": torch.version.cuda}
 
 
 def measure(options: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import cuda_encoder
 import harness
 import numpy as np
 import torch
+from gpu_timing import finished, gpu
 from torch import Tensor
 
 import sida
@@ -117,7 +118,7 @@ def mapped(original: Any, folder: Path, repetitions: int) -> dict[str, Any]:
     for shape, part in batches.items():
 
         def run(name: str, part: list[Tensor]) -> float:
-            return cuda_encoder.finished(lambda: list(handles[name].map(part))) / len(part)
+            return finished(lambda: list(handles[name].map(part))) / len(part)
 
         def begin_turn(turn: int) -> None:
             if turn == 1:
@@ -164,7 +165,7 @@ def measure(repetitions: int) -> dict[str, Any]:
             ),
         ]
     return {
-        "gpu": cuda_encoder.gpu(),
+        "gpu": gpu(),
         "memory": MEMORY,
         "tables": alone,
         "map": maps,

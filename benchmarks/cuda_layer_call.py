@@ -15,7 +15,7 @@ from typing import Any
 
 import harness
 import torch
-from cuda_encoder import gpu
+from gpu_timing import gpu
 from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
 import sida
