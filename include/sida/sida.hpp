@@ -37,6 +37,7 @@
 #include "sida/cache/lfu_policy.hpp"
 #include "sida/cache/look_ahead_policy.hpp"
 #include "sida/cache/lru_policy.hpp"
+#include "sida/cache/read_ring.hpp"
 #include "sida/cache/throttled_store.hpp"
 
 #include "sida/ffn/expert_ffn.hpp"

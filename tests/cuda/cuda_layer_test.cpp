@@ -46,7 +46,7 @@ TEMPLATE_TEST_CASE("On the GPU results are the same bits at every budget and pre
   const std::vector<std::byte> expected = all.pass();
   const HashTable routing = all.scheduler->recorded();
   for (const int slots : {1, 2, 3, 7, 18}) {
-    for (const std::size_t host_bytes : {all_pinned, std::size_t{20'000}}) {
+    for (const std::size_t host_bytes : {all_pinned, std::size_t{40'000}}) {
       OnGpu<TestType> engine(model, host_bytes, Budget::experts(slots));
       for (int turn = 0; turn < 3; ++turn) {
         REQUIRE(engine.pass() == expected);

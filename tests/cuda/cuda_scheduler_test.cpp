@@ -81,13 +81,13 @@ TEMPLATE_LIST_TEST_CASE("On the GPU a layer gets every expert whole, with any nu
                         "[cuda][scheduler]", Policies) {
   if (!gpu_found()) return;
   const auto slots = GENERATE(1, 2, 5, 24);
-  const auto host_bytes = GENERATE(all_bytes, all_bytes / 2, std::size_t{0});
+  const auto host_bytes = GENERATE(all_bytes, all_bytes / 2, slab_bytes);
   SchedulerOptions options;
   options.transfers.chunk_bytes = 1024;  // no divisor of the slab
   OnGpu<TestType> engine(std::make_shared<PatternStore>(layers, experts, slab_bytes), host_bytes,
                          Budget::experts(slots), options);
   CHECK(engine.cache.capacity_bytes() == static_cast<std::size_t>(slots) * slab_bytes);
-  CHECK(engine.store->pinned_bytes() == host_bytes / slab_bytes * slab_bytes);
+  CHECK(engine.store->pinned_bytes() == host_bytes);  // of experts, and of a ring in pieces of one
   std::mt19937 random(11);
   for (int pass = 0; pass < 10; ++pass) {
     const PassNeeds needs = random_needs(random);
@@ -108,7 +108,7 @@ TEST_CASE("A read that fails on the way to the GPU reaches the caller, and the n
                                                          [fails](ExpertId, std::size_t) {
                                                            if (*fails) throw IoError("injected");
                                                          }),
-                          0, Budget::experts(3));
+                          slab_bytes, Budget::experts(3));
   CHECK_THROWS_WITH(engine.call(0, {1, 2}), "injected");
   *fails = false;
   CHECK(engine.call(0, {1, 2, 5, 7}));
@@ -134,6 +134,17 @@ TEST_CASE("Filling pinned memory passes a failing read on", "[cuda][store]") {
       });
   CHECK_THROWS_WITH(PinnedStore(backend, store, all_bytes), "injected");
   CHECK_NOTHROW(PinnedStore(backend, store, 8 * slab_bytes));  // does not reach it
+  CHECK_THROWS_AS(PinnedStore(backend, store, slab_bytes - 1), InvalidArgument);
+}
+
+TEST_CASE("Without pinned memory nothing comes to the GPU", "[cuda][scheduler]") {
+  if (!gpu_found()) return;
+  CudaBackend backend;
+  ExpertCache<CudaBackend, LruPolicy> cache(
+      backend, std::make_shared<PatternStore>(layers, experts, slab_bytes), Budget::experts(2));
+  OffloadScheduler<CudaBackend, LruPolicy> scheduler(backend, cache);
+  auto demand = scheduler.demand(0, {1}, {}, false);
+  CHECK_THROWS_AS(demand.next_ready(), InvalidArgument);
 }
 
 TEST_CASE("Layers that were taken from RAM and from the GPU lie in pinned memory and come back",

@@ -9,6 +9,8 @@
 
 namespace sida {
 
+class ReadRing;
+
 /// The slow tier: every expert of a model as a slab of `slab_bytes()` bytes that can be read in
 /// ranges. A store knows nothing of what the bytes mean and keeps no expert in memory.
 ///
@@ -33,6 +35,9 @@ class ExpertStore {
   /// The expert's slab where it lies whole in pinned memory, which a GPU copies from; else null.
   /// The id is not checked.
   virtual const std::byte* pinned(ExpertId) const noexcept { return nullptr; }
+
+  /// Pinned memory through which what is not pinned comes to a GPU; null where there is none.
+  virtual ReadRing* ring() noexcept { return nullptr; }
 
   /// Bytes of memory that reading needs beside the destination (a conversion buffer), at most one
   /// slab; counted in a budget that is given in bytes.

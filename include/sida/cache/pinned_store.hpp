@@ -1,34 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/cache/expert_store.hpp"
 #include "sida/cache/fill_slabs.hpp"
+#include "sida/cache/host_memory.hpp"
+#include "sida/cache/read_ring.hpp"
 #include "sida/cache/slab_parts.hpp"
 #include "sida/core/expert_id.hpp"
 
 namespace sida {
 
 /// The slow tier of the CUDA backend: experts in pinned host memory, in order of layer and expert
-/// as far as `host_bytes` reach; those beyond are read from `source` each time.
+/// as far as `host_bytes` reach; those beyond are read from `source` each time, through a ring that
+/// `host_bytes` pay for (see HostMemory).
 class PinnedStore : public ExpertStore {
  public:
-  /// Fills the pinned memory from `source` with `threads` threads; see fill_slabs for `report`. The
-  /// backend must outlive it. @throws OutOfMemory, what the source or `report` throws.
+  /// Fills the pinned memory from `source` with `threads` threads, as many as read through the ring
+  /// later; see fill_slabs for `report`. The backend must outlive it.
+  /// @throws InvalidArgument as divide_host_memory, OutOfMemory, ThreadError, what the source or
+  /// `report` throws.
   PinnedStore(CudaBackend& backend, std::shared_ptr<ExpertStore> source, std::size_t host_bytes,
               const FillReport& report = {}, int threads = 4)
       : source_(std::move(source)),
-        pinned_(std::min(host_bytes / source_->slab_bytes(), total())),
-        slabs_(backend, pinned_ * source_->slab_bytes(), threads) {
+        memory_(divide_host_memory(host_bytes, source_->slab_bytes(), total())),
+        slabs_(backend, memory_.experts * source_->slab_bytes(), threads),
+        ring_memory_(backend, memory_.ring_bytes(), threads) {
     fill_slabs(*source_, {slabs_.data(), slabs_.size()}, threads, report);
+    if (memory_.pieces > 0)
+      ring_.emplace(*source_, std::span(ring_memory_.data(), ring_memory_.size()),
+                    memory_.piece_bytes, threads);
   }
 
   std::int32_t layers() const noexcept override { return source_->layers(); }
@@ -45,10 +54,11 @@ class PinnedStore : public ExpertStore {
 
   const std::byte* pinned(ExpertId id) const noexcept override {
     const std::size_t index = index_of(id, experts());
-    return index < pinned_ ? slabs_.data() + index * slab_bytes() : nullptr;
+    return index < memory_.experts ? slabs_.data() + index * slab_bytes() : nullptr;
   }
-  /// Bytes of host memory that are pinned for experts.
-  std::size_t pinned_bytes() const noexcept { return slabs_.size(); }
+  ReadRing* ring() noexcept override { return ring_ ? &*ring_ : nullptr; }
+  /// Bytes of host memory that are pinned, for experts and for the ring.
+  std::size_t pinned_bytes() const noexcept { return slabs_.size() + ring_memory_.size(); }
 
  private:
   std::size_t total() const noexcept {
@@ -57,8 +67,9 @@ class PinnedStore : public ExpertStore {
   }
 
   std::shared_ptr<ExpertStore> source_;
-  std::size_t pinned_;
-  PinnedBuffer slabs_;
+  HostMemory memory_;
+  PinnedBuffer slabs_, ring_memory_;
+  std::optional<ReadRing> ring_;
 };
 
 }  // namespace sida

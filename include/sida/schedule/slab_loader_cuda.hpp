@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <mutex>
-#include <utility>
-#include <vector>
 
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/cache/expert_store.hpp"
+#include "sida/cache/read_ring.hpp"
+#include "sida/core/error.hpp"
 #include "sida/schedule/slab_loader.hpp"
 
 namespace sida {
 
 /// On the GPU a range is copied from pinned memory: on one stream what is prefetched, on another,
-/// of high priority, what a layer waits for. What is not pinned passes through a pinned buffer of
-/// at most `staging_bytes`.
+/// of high priority, what a layer waits for. What is not pinned passes through the store's ring.
 ///
 /// Transfer threads share the streams, so that their copies end one after the other and each has
 /// the next one's time to ask for more: with two threads the link is never idle. A prefetch waits
@@ -24,8 +22,7 @@ namespace sida {
 template <>
 class SlabLoader<CudaBackend> {
  public:
-  static constexpr std::size_t staging_bytes = 4u << 20;  ///< pinned, for each transfer thread
-  static constexpr bool splits_awaited = false;           ///< nothing is to go in between
+  static constexpr bool splits_awaited = false;  ///< nothing is to go in between
 
   /// @throws CudaError.
   explicit SlabLoader(CudaBackend& backend)
@@ -33,19 +30,19 @@ class SlabLoader<CudaBackend> {
         prefetches_(backend.make_stream()),
         awaited_(backend.make_urgent_stream()) {}
 
-  /// @throws what the store throws, CudaError, OutOfMemory.
+  /// @throws what the store throws, CudaError, InvalidArgument for a store without pinned memory.
   void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
             const CudaBackend::Fence& readers, bool is_awaited) {
     if (const std::byte* source = store.pinned(id))
       return copy(slab + offset, source + offset, bytes, readers, is_awaited);
-    PinnedBuffer staging = take(std::min(bytes, staging_bytes));
-    for (std::size_t done = 0; done < bytes;) {
-      const std::size_t part = std::min(bytes - done, staging.size());
-      store.read(id, offset + done, {staging.data(), part});
-      copy(slab + offset + done, staging.data(), part, readers, is_awaited);
-      done += part;
+    SIDA_EXPECTS(store.ring(),
+                 "SlabLoader: expected a store with pinned memory; give the cache a PinnedStore");
+    ReadRing::Reading reading(*store.ring(), id, offset, bytes);
+    std::byte* to = slab + offset;
+    for (auto piece = reading.next(); !piece.empty(); piece = reading.next()) {
+      copy(to, piece.data(), piece.size(), readers, is_awaited);
+      to += piece.size();
     }
-    give_back(std::move(staging));
   }
 
  private:
@@ -67,33 +64,16 @@ class SlabLoader<CudaBackend> {
   CudaBackend::Fence fence(CudaBackend::Stream& stream) {
     try {
       return backend_.fence(stream);
-    } catch (...) {  // the slot and the staging memory are used again, by the next load
+    } catch (...) {  // the slot and the ring are used again, by the next load
       backend_.finish(stream);
       throw;
     }
-  }
-
-  PinnedBuffer take(std::size_t bytes) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (!staging_.empty()) {
-        PinnedBuffer buffer = std::move(staging_.back());
-        staging_.pop_back();
-        if (buffer.size() >= bytes) return buffer;
-      }
-    }
-    return PinnedBuffer(backend_, bytes);
-  }
-  void give_back(PinnedBuffer buffer) {
-    const std::lock_guard lock(mutex_);
-    staging_.push_back(std::move(buffer));
   }
 
   CudaBackend& backend_;
   std::mutex mutex_;
   CudaBackend::Stream prefetches_, awaited_;
   CudaBackend::Fence last_awaited_;
-  std::vector<PinnedBuffer> staging_;  // at rest
 };
 
 }  // namespace sida

@@ -76,7 +76,8 @@ def offload(
         skip_padding: Leave out tokens of padding; their rows come out of the experts as zeros.
         offload_dir: Where the experts' file goes; by default the system's temporary folder.
         host_memory: Limit of pinned memory, as `memory`, for a GPU; experts beyond it are read from
-            the file each time. By default nine tenths of the RAM.
+            the file each time, by four threads, through a ring of up to 16 MiB of it. By default
+            nine tenths of the RAM.
 
     Returns:
         A handle; closing it (or leaving it as a context) gives the model its experts back.
