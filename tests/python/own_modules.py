@@ -94,6 +94,57 @@ class StackedMoe(nn.Module):
         return self.experts(rows, ids, weights).view_as(x) * scale
 
 
+class BareMoe(nn.Module):
+    """A router among the parameters of the experts, whose matrices are transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(EXPERTS, HIDDEN, SIZE) * HIDDEN**-0.5)
+        self.inner_bias = nn.Parameter(torch.randn(EXPERTS, SIZE) / 2)
+        self.router = nn.Parameter(torch.randn(HIDDEN, EXPERTS) * HIDDEN**-0.5)
+        self.outer = nn.Parameter(torch.randn(EXPERTS, SIZE, HIDDEN) * SIZE**-0.5)
+        self.register_buffer("scale", torch.tensor(4.0))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (self.scale * (x @ self.router)).softmax(-1).topk(TOP_K)
+        return ids, weights
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        rows = x.flatten(0, -2)
+        ids, weights = self.route(rows)
+        y = torch.einsum("th,tkhi->tki", rows, self.inner[ids]) + self.inner_bias[ids]
+        y = torch.einsum("tki,tkih->tkh", F.gelu(y, approximate="tanh"), self.outer[ids])
+        return (y * weights[..., None]).sum(1).view_as(x) * scale
+
+
+class ListsMoe(nn.Module):
+    """A router, and lists of matrices beside it, those of the gate too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.ModuleList(nn.Linear(HIDDEN, SIZE, bias=False) for _ in range(EXPERTS))
+        self.w2 = nn.ModuleList(nn.Linear(SIZE, HIDDEN, bias=False) for _ in range(EXPERTS))
+        self.w3 = nn.ParameterList(torch.randn(SIZE, HIDDEN) / 5 for _ in range(EXPERTS))
+        self.router = nn.Linear(HIDDEN, EXPERTS)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (4 * self.router(x)).softmax(-1).topk(TOP_K)
+        return ids, weights
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        rows = x.flatten(0, -2)
+        ids, weights = self.route(rows)
+        all_experts = torch.stack(
+            [
+                w2(F.silu(w1(rows)) * F.linear(rows, w3))
+                for w1, w2, w3 in zip(self.w1, self.w2, self.w3, strict=True)
+            ],
+            1,
+        )
+        chosen = all_experts.gather(1, ids[..., None].expand(-1, -1, HIDDEN))
+        return (chosen * weights[..., None]).sum(1).view_as(x) * scale
+
+
 class Model(nn.Module):
     """Embeds, mixes each token with those before it, and sends it through MoE modules."""
 
@@ -153,7 +204,61 @@ class StackAdapter(sida.ModuleAdapter):
         return {"inner": "gate_up_proj", "outer": "down_proj"}[name]
 
 
-ADAPTERS = {Moe: ListAdapter, GatedMoe: ListAdapter, StackedMoe: StackAdapter}
+class BareAdapter(sida.ModuleAdapter):
+    """For modules that hold the experts' parameters themselves."""
+
+    module_class = BareMoe
+    experts_name = ""
+    names: ClassVar[dict[str, str]] = {
+        "inner": "up_proj", "inner_bias": "up_proj_bias", "outer": "down_proj",
+    }  # fmt: skip
+
+    def activation(self, module: Any) -> str:
+        return "gelu_tanh"
+
+    def experts_per_token(self, module: Any) -> int:
+        return TOP_K
+
+    def transposed(self, module: Any) -> bool:
+        return True
+
+    def parameter_name(self, name: str) -> str | None:
+        return self.names.get(name)
+
+    def forward(self, module: Any, experts: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+        rows = x.flatten(0, -2)
+        return experts(rows, *module.route(rows)).view_as(x) * scale
+
+    def choose_experts(self, module: Any, hidden_states: Tensor) -> Tensor:
+        return module.route(hidden_states)[0]
+
+
+class ListsAdapter(BareAdapter):
+    """For modules that hold them in lists."""
+
+    module_class = ListsMoe
+    names: ClassVar[dict[str, str]] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+    def activation(self, module: Any) -> str:
+        return "silu"
+
+    def transposed(self, module: Any) -> bool:
+        return False
+
+    def parameter_name(self, name: str) -> str | None:
+        matrix, expert, *_ = name.split(".")
+        return f"{expert}.{self.names[matrix]}.weight" if matrix in self.names else None
+
+
+ADAPTERS = {
+    Moe: ListAdapter,
+    GatedMoe: ListAdapter,
+    StackedMoe: StackAdapter,
+    BareMoe: BareAdapter,
+    ListsMoe: ListsAdapter,
+}
+IN_PLACE = (Moe, StackedMoe)
+"""Modules whose experts lie as sida's kernels read them."""
 
 
 def make_own(kind: type[nn.Module], seed: int = 0) -> Model:

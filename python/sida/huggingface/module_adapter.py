@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sida.huggingface.adapter import Compute, ComputePredicted, ExpertArrays, ExpertParameter
 from sida.huggingface.layers_adapter import LayersAdapter
 from sida.torch.experts_module import ExpertsModule
+from sida.torch.stand_in import NOT_LOADED
 
 if TYPE_CHECKING:
     from sida import MoeConfig
@@ -23,6 +24,8 @@ NAMES = re.compile(
     r"|(?P<stack>gate_up_proj|up_proj|down_proj)(?P<suffix>_bias)?"
 )
 """What parameters of experts are called here; those of one expert, or of all in one tensor."""
+BESIDE = "offloaded_experts"
+"""Name of the stand-in in a MoE module that holds its experts' parameters itself."""
 EXPECTED = (
     "'0.up_proj.weight', '0.down_proj.weight' and, gated, '0.gate_proj.weight' (each with '.bias', "
     "or none), and so for every expert; or of all experts in one tensor 'up_proj' or, gated, "
@@ -41,6 +44,8 @@ class ModuleForm:
     experts: int
     stacked: bool
     """Whether a parameter holds all experts."""
+    transposed: bool
+    """Whether it holds their matrices transposed."""
     activation: str
     limit: float
     top_k: int
@@ -77,13 +82,14 @@ class ModuleForm:
 
 
 def read_shapes(
-    parameters: Mapping[str, Tensor], where: str
+    parameters: Mapping[str, Tensor], where: str, *, transposed: bool = False
 ) -> tuple[int, bool, dict[str, tuple[int, ...]]]:
     """Return how many experts there are, whether they are stacked, and the shapes of one.
 
     Args:
         parameters: Of the experts, by sida's names.
         where: What they belong to, for messages.
+        transposed: Whether the matrices are; the shapes that are returned never are.
 
     Raises:
         ValueError: A tensor is missing, one too many, or has another shape than it must.
@@ -112,6 +118,8 @@ def read_shapes(
             )
         count = next(iter(first.values()))[0]
         first = {name: shape[1:] for name, shape in first.items()}
+    if transposed:
+        first = _transposed(first, stacked, where)
     for expert, shapes in experts.items():
         if not stacked and shapes != first:
             raise ValueError(
@@ -120,6 +128,23 @@ def read_shapes(
             )
     _check_shapes(first, where)
     return count, stacked, first
+
+
+def _transposed(
+    found: Mapping[str, tuple[int, ...]], stacked: bool, where: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one expert's tensors untransposed.
+
+    Raises:
+        ValueError: sida could not read them so.
+    """
+    up = found.get("up_proj", ())
+    if not stacked or (len(up) == 2 and up[0] == up[1]):
+        raise ValueError(
+            f"{where}: expected matrices that are transposed to hold all experts, and, without a "
+            f"gate, H and I to differ, got {_describe(found)}; hold them as nn.Linear does"
+        )
+    return {name: shape[::-1] for name, shape in found.items()}
 
 
 def _check_shapes(found: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -143,8 +168,8 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], where: str) -> None:
     else:
         expected = {"up_proj": ("I", "H"), "down_proj": ("H", "I")}  # type: ignore[dict-item]
     raise ValueError(
-        f"{where}: expected experts of {_describe(expected)}, got {_describe(found)}; parameters "
-        "that are transposed, or of another kind of expert, cannot be offloaded"
+        f"{where}: expected experts of {_describe(expected)}, got {_describe(found)}; if they are "
+        "transposed, transposed() says so; another kind of expert cannot be offloaded"
     )
 
 
@@ -162,14 +187,53 @@ class ModuleExperts(ExpertsModule):
         self.form = form
 
 
+class BesideExperts(ModuleExperts):
+    """The same in a module that held its experts' parameters itself: one more submodule of it."""
+
+    def weights_prefix(self, prefix: str) -> str:
+        """Return what begins the names of its weights: they are the MoE module's own."""
+        return prefix.removesuffix(f"{BESIDE}.")
+
+
+class TakenParameters:
+    """A layer's parameters of experts that are taken out of the MoE module for a while."""
+
+    def __init__(self, module: Any, parameters: list[ExpertParameter], names: set[str]) -> None:
+        """Take them out, and let nothing be loaded into them.
+
+        Args:
+            module: The MoE module.
+            parameters: What is taken, of the module and of those below it.
+            names: What it is called there.
+        """
+        owners = {id(found.module): found.module for found in parameters}
+        self._before = [(owner, dict(owner._parameters)) for owner in owners.values()]
+        for found in parameters:
+            del found.module._parameters[found.name]
+
+        def refuse(_: Any, weights: Any, prefix: str, *arguments: Any) -> None:
+            if any(prefix + name in weights for name in names):
+                arguments[-1].append(NOT_LOADED.format(prefix[:-1]))
+
+        self._hook = module.register_load_state_dict_pre_hook(refuse)
+
+    def give_back(self) -> None:
+        """Put them back, in the order in which they were among their modules' other parameters."""
+        self._hook.remove()
+        for owner, before in self._before:
+            now = dict(owner._parameters)
+            owner._parameters.clear()
+            owner._parameters.update({name: now.get(name, own) for name, own in before.items()})
+
+
 class ModuleAdapter(LayersAdapter):
     """What sida has to be told of a MoE module, to offload models that have it.
 
     Derive from it, answer for your module, and call `sida.register_adapter`. The module keeps its
     router and whatever else it does; its experts lie in a submodule of their own, which has their
-    parameters and no others, and each computes ``down(activation(up(x)))`` or, gated,
-    ``down(activation(gate(x)) * up(x))``. While a model is offloaded, another module is in that
-    place, to be called as
+    parameters and no others, or their parameters are the module's own. Each computes
+    ``down(activation(up(x)))`` or, gated, ``down(activation(gate(x)) * up(x))``. While a model is
+    offloaded, another module is in that place, to be called as
 
         ``experts(hidden_states, top_k_index, top_k_weights)``
 
@@ -190,7 +254,9 @@ class ModuleAdapter(LayersAdapter):
 
     Attributes:
         module_class: The MoE module's class.
-        experts_name: Name of the submodule that holds the experts.
+        experts_name: Name of the submodule that holds the experts; "" where the MoE module holds
+            their parameters itself, beside its router's. Then `parameter_name` gives None for those
+            that are not the experts', and `forward` has to be overridden.
     """
 
     module_class: ClassVar[type[nn.Module]]
@@ -228,7 +294,7 @@ class ModuleAdapter(LayersAdapter):
                         f"expected a model around {type(module).__name__}, got the module by "
                         f"itself: pass the model that it belongs to"
                     )
-                self.add_layer(name, module, self.experts_name)
+                self.add_layer(name, module, self.experts_name or BESIDE)
                 forms.append(self._form_of(name, module))
                 if forms[-1] != forms[0]:
                     raise ValueError(
@@ -237,6 +303,7 @@ class ModuleAdapter(LayersAdapter):
                     )
         self._form = forms[0]
         self.num_experts, self.top_k = self._form.experts, self._form.top_k
+        self._taken: dict[int, TakenParameters] = {}
 
     @abstractmethod
     def activation(self, module: nn.Module) -> str:
@@ -254,7 +321,14 @@ class ModuleAdapter(LayersAdapter):
         """Return what a clamped activation cuts gate and up at."""
         return 7.0
 
-    def parameter_name(self, name: str) -> str:
+    def transposed(self, module: nn.Module) -> bool:
+        """Return whether tensors of all experts hold their matrices transposed.
+
+        That is "up_proj" [E, H, I] or "gate_up_proj" [E, H, 2 I], and "down_proj" [E, I, H].
+        """
+        return False
+
+    def parameter_name(self, name: str) -> str | None:
         """Return what sida calls a parameter of the experts.
 
         Args:
@@ -265,7 +339,8 @@ class ModuleAdapter(LayersAdapter):
             "0.down_proj.weight" [H, I] and, gated, "0.gate_proj.weight" [I, H], with the expert's
             number; biases "0.up_proj.bias" [I] and so on. For one of all experts: "up_proj"
             [E, I, H] or, gated, "gate_up_proj" [E, 2 I, H], the gate's rows first, and "down_proj"
-            [E, H, I]; biases "up_proj_bias" [E, I] and so on. By default the name as it is.
+            [E, H, I]; biases "up_proj_bias" [E, I] and so on. None for a parameter that is not the
+            experts', where `experts_name` is "". By default the name as it is.
         """
         return name
 
@@ -275,7 +350,8 @@ class ModuleAdapter(LayersAdapter):
         By default its own forward runs, which has to call `self.experts` as said above.
 
         Args:
-            module: The MoE module; its submodule of experts is `experts`.
+            module: The MoE module; its submodule of experts is `experts`, or it has no parameters
+                of experts now.
             experts: Computes the experts.
             *args: What the module is called with.
             **kwargs: The same, by name.
@@ -321,9 +397,9 @@ class ModuleAdapter(LayersAdapter):
         return found
 
     def arrays(self, layer: int) -> list[ExpertArrays] | None:
-        """Return every expert's weights; None where gate and up are apart."""
+        """Return every expert's weights; None where gate and up are apart, or transposed."""
         form = self._form
-        if form.gated and not form.stacked:
+        if form.transposed or (form.gated and not form.stacked):
             return None
         weights = {p.key.partition(".")[2]: p.weight.detach() for p in self.parameters(layer)}
         if not all(weight.is_contiguous() for weight in weights.values()):
@@ -347,7 +423,8 @@ class ModuleAdapter(LayersAdapter):
             if name is None or array is None:
                 continue
             if form.stacked:
-                found[names[name]] = array[None]
+                is_turned = form.transposed and array.dim() == 2
+                found[names[name]] = (array.T if is_turned else array)[None]
             elif form.gated and ".up_proj." in name:
                 gate, up = array.chunk(2)
                 found[names[name.replace("up_proj", "gate_proj")]] = gate
@@ -358,13 +435,24 @@ class ModuleAdapter(LayersAdapter):
 
     def stand_in(self, layer: int) -> ModuleExperts:
         """Return what stands for the experts of every layer."""
-        return ModuleExperts(self._form)
+        return ModuleExperts(self._form) if self.experts_name else BesideExperts(self._form)
+
+    def experts(self, layer: int) -> nn.Module:
+        """Return the module that is a layer's experts now, or that has their parameters."""
+        module = self._layers[layer]
+        experts = getattr(module, self._children[layer], module)
+        assert isinstance(experts, nn.Module)
+        return experts
 
     def install(
         self, layer: int, compute: Compute, compute_predicted: ComputePredicted | None
     ) -> None:
         """Let `compute` stand in for a layer's experts, and the module run as `forward` says."""
         super().install(layer, compute, compute_predicted)
+        if not self.experts_name and layer not in self._taken:
+            self._taken[layer] = TakenParameters(
+                self._layers[layer], self.parameters(layer), {*self._form.names.values()}
+            )
         if compute_predicted is not None or type(self).forward is ModuleAdapter.forward:
             return
         module, experts = self._layers[layer], self.experts(layer)
@@ -373,6 +461,16 @@ class ModuleAdapter(LayersAdapter):
             return self.forward(module, experts, *args, **kwargs)
 
         module.forward = forward
+
+    def remove(self, layer: int) -> None:
+        """Put the layer's own experts and forward back."""
+        if layer not in self._taken:
+            super().remove(layer)
+            return
+        module = self._own_experts.pop(layer)
+        delattr(module, BESIDE)
+        module.__dict__.pop("forward", None)
+        self._taken.pop(layer).give_back()
 
     def _places(self, expert: int) -> list[str | None]:
         """Return sida's names of what holds an expert's up and down projection and biases."""
@@ -393,7 +491,8 @@ class ModuleAdapter(LayersAdapter):
             TypeError: The adapter answers with a value of another type.
         """
         where = f"{name} ({type(module).__name__})"
-        experts = getattr(module, self.experts_name, None)
+        is_beside = not self.experts_name
+        experts = getattr(module, self.experts_name or BESIDE, module if is_beside else None)
         if not isinstance(experts, nn.Module):
             raise ValueError(
                 f"{where}: expected a submodule {self.experts_name!r} that holds the experts and "
@@ -402,14 +501,21 @@ class ModuleAdapter(LayersAdapter):
             )
         if isinstance(experts, ModuleExperts):
             return experts.form
+        if is_beside and type(self).forward is ModuleAdapter.forward:
+            raise ValueError(
+                f"{where}: expected {type(self).__name__}.forward to say how the module runs, "
+                'since with experts_name "" the module has no parameters of experts meanwhile'
+            )
         names = self._names(experts, where)
         parameters = {name: experts.get_parameter(own) for name, own in names.items()}
-        count, stacked, shapes = read_shapes(parameters, where)
+        transposed = self._answer("transposed", module, bool)
+        count, stacked, shapes = read_shapes(parameters, where, transposed=transposed)
         form = ModuleForm(
             names,
             shapes,
             count,
             stacked,
+            transposed,
             self._answer("activation", module, str),
             float(self._answer("limit", module, float, int)),
             self._answer("experts_per_token", module, int),
@@ -425,6 +531,8 @@ class ModuleAdapter(LayersAdapter):
         names: dict[str, str] = {}
         for own, _ in experts.named_parameters():
             name = self.parameter_name(own)
+            if name is None and not self.experts_name:
+                continue
             asked = f"{where}: expected {type(self).__name__}.parameter_name({own!r}) to be"
             if not isinstance(name, str) or not NAMES.fullmatch(name):
                 raise ValueError(f"{asked} {EXPECTED}; got {name!r}")
@@ -432,7 +540,13 @@ class ModuleAdapter(LayersAdapter):
                 raise ValueError(f"{asked} another name than that of {names[name]!r}, got {name!r}")
             names[name] = own
         extra = [name for name, _ in experts.named_buffers()]
-        if not names or extra:
+        if not self.experts_name:
+            if not names:
+                raise ValueError(
+                    f"{where}: expected parameters of experts, but "
+                    f"{type(self).__name__}.parameter_name() is None for all of the module's"
+                )
+        elif not names or extra:
             raise ValueError(
                 f"{where}: expected {self.experts_name!r} to hold the experts' parameters and "
                 f"nothing else, found {'the buffer ' + extra[0] if extra else 'none'}"
@@ -446,7 +560,7 @@ class ModuleAdapter(LayersAdapter):
             TypeError: The answer is of none of these types.
         """
         answer = getattr(self, method)(module)
-        if not isinstance(answer, kinds) or isinstance(answer, bool):
+        if not isinstance(answer, kinds) or (isinstance(answer, bool) and bool not in kinds):
             raise TypeError(
                 f"expected {type(self).__name__}.{method}() to return "
                 f"{' or '.join(kind.__name__ for kind in kinds)}, got {answer!r}"

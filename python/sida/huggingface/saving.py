@@ -184,7 +184,7 @@ def _save_weights(
     resident = convert(remove_tied_weights_from_state_dict(_resident_weights(model), model))
     layers = {prefix: found.weights for prefix, found in stand_ins(model).items() if found.weights}
     outlines = {
-        prefix: {f"{prefix}.{name}": weight for name, weight in layer.outline().items()}
+        prefix: {f"{prefix}{name}": weight for name, weight in layer.outline().items()}
         for prefix, layer in layers.items()
     }
     places = {prefix: convert(outline) for prefix, outline in outlines.items()}
@@ -198,7 +198,7 @@ def _save_weights(
             bar.update(weight.nbytes)
         for prefix, layer in layers.items():
             for expert in range(layer.experts):
-                own = {f"{prefix}.{name}": w for name, w in layer.read(expert).items()}
+                own = {f"{prefix}{name}": w for name, w in layer.read(expert).items()}
                 shared = any(outlines[prefix][name].shape != w.shape for name, w in own.items())
                 for name, weight in convert(own).items():
                     part = 0

@@ -15,6 +15,12 @@ from sida.memory import available_memory
 OUTLINE: ContextVar[bool] = ContextVar("outline", default=False)
 """Whether `state_dict` is to give experts on the meta device, which takes no memory."""
 
+NOT_LOADED = (
+    "{}: its experts are offloaded, and nothing is loaded into them: close() the handle, load the "
+    "weights, and offload the model again"
+)
+"""Of the layer's name: why weights of experts in a state_dict are refused."""
+
 
 class KeptWeights(Protocol):
     """The weights of a layer's experts, wherever they are kept."""
@@ -84,6 +90,14 @@ class StandIn(nn.Module):
                 "the model again"
             )
 
+    def weights_prefix(self, prefix: str) -> str:
+        """Return what begins the names of its weights in a state_dict.
+
+        Args:
+            prefix: What would begin those of its own parameters, if it had any.
+        """
+        return prefix
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StandIn:
         self.refuse_conversion(fn)
         parent: Any = super()
@@ -94,7 +108,8 @@ class StandIn(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weights is not None:
             weights = self.weights.outline() if OUTLINE.get() else self.weights.whole()
-            destination.update({prefix + name: weight for name, weight in weights.items()})
+            begin = self.weights_prefix(prefix)
+            destination.update({begin + name: weight for name, weight in weights.items()})
 
     def _load_from_state_dict(
         self,
@@ -107,10 +122,7 @@ class StandIn(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if any(name.startswith(prefix) for name in state_dict):
-            error_msgs.append(
-                f"{prefix[:-1]}: its experts are offloaded, and nothing is loaded into them: "
-                "close() the handle, load the weights, and offload the model again"
-            )
+            error_msgs.append(NOT_LOADED.format(prefix[:-1]))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise RuntimeError(
@@ -120,8 +132,12 @@ class StandIn(nn.Module):
 
 
 def stand_ins(module: nn.Module) -> dict[str, StandIn]:
-    """Return the stand-ins within a module, by name."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, StandIn)}
+    """Return the stand-ins within a module, by what begins the names of their weights."""
+    return {
+        m.weights_prefix(f"{name}." if name else ""): m
+        for name, m in module.named_modules()
+        if isinstance(m, StandIn)
+    }
 
 
 def check_memory(module: nn.Module, prefix: str, keep_vars: bool) -> None:
