@@ -226,16 +226,26 @@ def test_routing_is_read_and_forced_as_the_layer_sees_it(family: str) -> None:
     assert ids.shape == weights.shape == (27, adapter.top_k)
 
 
-def test_a_trained_predictor_brings_experts_that_a_cache_alone_misses() -> None:
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_new_tokens": 40},
+    "beams": {"max_new_tokens": 16, "num_beams": 3},
+    "assisted": {"max_new_tokens": 20, "prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trained_predictor_brings_experts_that_a_cache_alone_misses(way: str) -> None:
     folder = Path(__file__).parents[2] / "models" / "texts-olmoe-32"
     model = transformers.OlmoeForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("[END]Psalms 151", return_tensors="pt")
-    misses = {}
+    misses, tokens = {}, {}
     for predictor in (folder / "predictor.safetensors", False):
         with sida.offload(model, memory=0.25, predictor=predictor) as off, torch.no_grad():
-            off.model.generate(**prompt, max_new_tokens=40, do_sample=False)
+            tokens[predictor is False] = off.model.generate(**prompt, do_sample=False, **WAYS[way])
             misses[predictor is False] = off.stats()["misses"]
+            assert off.stats()["tables"] == (0 if predictor is False else off.stats()["passes"])
+    assert torch.equal(tokens[False], tokens[True])
     assert misses[False] < 0.7 * misses[True]
 
 

@@ -21,6 +21,8 @@ from switch_models import experts_of, relative, run
 import sida
 from sida.huggingface import expert_file, find_adapter
 
+WITH_SHARED = ("qwen2_moe", "deepseek_v2", "deepseek_v3")
+"""Families that have experts which no router chooses."""
 BUDGETS = ("1 expert", 0.25, 1.0)
 
 
@@ -33,6 +35,8 @@ class Family:
         self.logits = run(self.model, self.batch)
         self.tokens = generate(self.model, self.prompt)
         self.model.save_pretrained(folder)
+        parameters = dict(self.model.named_parameters())
+        self.tied = {name for name in self.model.state_dict() if name not in parameters}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -59,6 +63,29 @@ def test_from_pretrained(family: Family, memory: Any) -> None:
         assert not experts_of(off.model)
         assert relative(run(off.model, family.batch), family.logits) <= 1e-5
         assert generate(off.model, family.prompt) == family.tokens
+
+
+def test_from_pretrained_of_shards(family: Family, tmp_path: Path) -> None:
+    family.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    with sida.from_pretrained(tmp_path, memory=0.25) as off:
+        assert relative(run(off.model, family.batch), family.logits) <= 1e-5
+
+
+def test_only_routed_experts_are_taken(family: Family) -> None:
+    taken = experts_of(family.model).keys()
+    rest = {name: w for name, w in family.model.state_dict().items() if name not in taken}
+    for off in (
+        sida.offload(family.model, memory="1 expert"),
+        sida.from_pretrained(family.folder, memory="1 expert"),
+    ):
+        with off:
+            own = {**dict(off.model.named_parameters()), **dict(off.model.named_buffers())}
+            assert own.keys() >= rest.keys() - family.tied
+            assert all(torch.equal(own[name], rest[name]) for name in own.keys() & rest.keys())
+            assert not [name for name in own if name in taken or own[name].is_meta]
+    shared = [name for name in rest if "shared_expert" in name]
+    assert bool(shared) == (family.model.config.model_type in WITH_SHARED)
 
 
 def state(model: Any) -> tuple[dict[str, Any], list[type], list[str]]:
