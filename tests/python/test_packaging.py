@@ -21,7 +21,7 @@ from sida import MoeConfig
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
-CPU_ALONE = "-Ccmake.define.SIDA_CUDA=OFF"
+CPU_ALONE = "--config-settings=cmake.define.SIDA_CUDA=OFF"  # not -C, which pip 23.0 lacks
 """Whatever toolkit there is: what these tests look at is the same with the CUDA part."""
 HEADERS = sorted(str(p.relative_to(ROOT / "include")) for p in ROOT.glob("include/sida/**/*.hpp"))
 
@@ -92,7 +92,7 @@ def wheel(sdist: Path, build: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "--no-deps",
         "-w",
         folder,
-        f"-Cbuild-dir={build}",
+        f"--config-settings=build-dir={build}",
         CPU_ALONE,
         sdist,
     )
@@ -249,7 +249,7 @@ def test_a_project_built_by_scikit_build_core_finds_sida_by_itself(
     run(python, "-m", "pip", "install", "scikit-build-core>=0.11", "cmake", "ninja")
     project = ROOT / "tests" / "consumer" / "wheel"
     install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps")
-    examples = f"-Ccmake.define.examples={ROOT / 'examples' / 'cpp'}"
+    examples = f"--config-settings=cmake.define.examples={ROOT / 'examples' / 'cpp'}"
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     run(python, *install, examples, project, env={"PATH": path})
     check_program(python.with_name("run_checkpoint"), checkpoint)
