@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 
 #include "array.hpp"
 #include "bind.hpp"
 #include "engine.hpp"
 #include "gil.hpp"
+#include "sida/core/processors.hpp"
 
 namespace sida::bindings {
 namespace {
@@ -53,6 +52,9 @@ py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
 }  // namespace
 
 void bind_experts(py::module_& module) {
+  module.def("usable_processors", &usable_processors,
+             "Threads that this process can run at once: the processors of the calling thread's "
+             "affinity, and no more than a container's CPU quota pays for whole. At least 1.");
   py::class_<AnyExperts, std::shared_ptr<AnyExperts>>(
       module, "OffloadedExperts", py::release_gil_before_calling_cpp_dtor(),
       "The experts of one MoE layer. Calls from several threads take turns.\n\n"
@@ -60,14 +62,12 @@ void bind_experts(py::module_& module) {
       "there; results are of the kind of hidden_states. On a GPU calls return when the work is "
       "enqueued, in the order of `stream`: a cudaStream_t, an object that has one, or by default "
       "the current stream of torch, for other libraries the legacy default stream. threads=0 takes "
-      "one a core; layers of one scheduler share the first's "
+      "usable_processors(); layers of one scheduler share the first's "
       "threads.")
       .def(
           py::init([](AnyScheduler& scheduler, std::int32_t layer, int threads, bool skip_padding) {
-            const int chosen =
-                threads > 0 ? threads
-                            : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-            return scheduler.make_experts(layer, chosen, skip_padding);
+            return scheduler.make_experts(layer, threads > 0 ? threads : usable_processors(),
+                                          skip_padding);
           }),
           py::arg("scheduler"), py::arg("layer"), py::kw_only(), py::arg("threads") = 0,
           py::arg("skip_padding") = false,

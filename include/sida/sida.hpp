@@ -8,6 +8,7 @@
 #include "sida/core/error.hpp"
 #include "sida/core/expert_id.hpp"
 #include "sida/core/moe_config.hpp"
+#include "sida/core/processors.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/core/thread.hpp"
 

@@ -50,6 +50,8 @@ class CacheStats(LayerStats):
 
 class CudaError(RuntimeError): ...
 
+def usable_processors() -> int: ...
+
 class MoeConfig:
     def __init__(
         self,

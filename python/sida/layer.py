@@ -10,6 +10,7 @@ from typing import Any
 from sida._core import ExpertCache, ExpertStore, MoeConfig, OffloadScheduler, check_cuda
 from sida._core import OffloadedExperts as _Layer
 from sida.stats import Stats, collect
+from sida.threads import default_threads
 
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -35,11 +36,13 @@ class LayerExperts:
         Args:
             scheduler: Shared by all layers of a model.
             layer: Its index.
-            threads: For computing; by default as many as torch uses, where torch is loaded.
+            threads: For computing; by default as many as torch uses, where torch is loaded, and
+                no more than the process may run at once: a container's CPU quota and the
+                processors of its affinity bound them.
             skip_padding: Leave out tokens that the pass's mask calls padding.
         """
         self._threads = threads
-        self._used_threads = threads or _torch_threads()
+        self._used_threads = threads or default_threads()
         self._layer = _Layer(
             scheduler, layer, threads=self._used_threads, skip_padding=skip_padding
         )
@@ -89,8 +92,8 @@ class LayerExperts:
 
     def _prepare(self, *arrays: Any) -> None:
         _refuse_gradients(*arrays)
-        wanted = self._threads or _torch_threads()
-        if wanted and wanted != self._used_threads:
+        wanted = self._threads or default_threads()
+        if wanted != self._used_threads:
             self._layer.set_threads(wanted)
             self._used_threads = wanted
 
@@ -137,7 +140,9 @@ class OffloadedExperts(LayerExperts):
             device: Where experts are computed, "cpu", "cuda" or "cuda:1"; by default where the
                 arrays are.
             policy: "fifo", "lru", "lfu", "lookahead" or "auto".
-            threads: For computing; by default as many as torch uses, where torch is loaded.
+            threads: For computing; by default as many as torch uses, where torch is loaded, and
+                no more than the process may run at once: a container's CPU quota and the
+                processors of its affinity bound them.
             limit: Of a clamped activation: gate is cut from above, up on both sides.
 
         Raises:
@@ -234,11 +239,6 @@ def _dtype(array: Any) -> str:
 def detached(array: Any) -> Any:
     """Return an array that torch lends: it refuses to where gradients are required."""
     return array.detach() if getattr(array, "requires_grad", False) else array
-
-
-def _torch_threads() -> int:
-    torch = sys.modules.get("torch")
-    return int(torch.get_num_threads()) if torch is not None else 0
 
 
 def _refuse_gradients(*arrays: Any) -> None:

@@ -18,6 +18,7 @@ from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.pinned_experts import PinnedExperts
 from sida.huggingface.progress import reporting
 from sida.layer import detached
+from sida.threads import default_threads
 from sida.torch.experts_module import CLOSED
 
 DTYPES = {name: dtype for dtype, name in checks.DTYPES.items()}
@@ -219,7 +220,7 @@ class Engine:
         look_ahead: LookAhead,
     ) -> None:
         self.cache, self._fixed_threads, self._look_ahead = cache, threads, look_ahead
-        self._threads = threads or torch.get_num_threads()
+        self._threads = threads or default_threads()
         self._dtype = DTYPES[dtype]
         self.scheduler = OffloadScheduler(cache)
         self._layers = [
@@ -260,8 +261,8 @@ class Engine:
         return _in(hidden.dtype, out)
 
     def follow_threads(self) -> None:
-        """Use as many threads as torch does, unless a number was asked for."""
-        wanted = self._fixed_threads or torch.get_num_threads()
+        """Use `default_threads()` as it is now, unless a number was asked for."""
+        wanted = self._fixed_threads or default_threads()
         if wanted != self._threads:
             self._layers[0].set_threads(wanted)  # shared by all layers
             self._threads = wanted

@@ -72,7 +72,9 @@ def offload(
             early; see `look_ahead` in `stats()`. False: no look-ahead either.
         policy: Which expert makes way: "fifo", "lru", "lfu", "lookahead" (what the hash tables
             need last), or "auto".
-        threads: For computing experts; by default as many as torch uses.
+        threads: For computing experts; by default as many as torch uses, and no more than the
+            process may run at once: a container's CPU quota and the processors of its affinity
+            bound them.
         skip_padding: Leave out tokens of padding; their rows come out of the experts as zeros.
         offload_dir: Where the experts' file goes; by default the system's temporary folder.
         host_memory: Limit of pinned memory, as `memory`, for a GPU; experts beyond it are read from
