@@ -16,7 +16,7 @@ constexpr std::size_t all_pinned = std::size_t{1} << 30;
 
 }  // namespace
 
-TEST_CASE("On the GPU a layer computes what its definition says", "[cuda][layer]") {
+TEST_CASE("On the GPU a layer computes what its definition says", "[cuda][layer][racecheck]") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
   const Model model(small_config(dtype));
@@ -86,7 +86,7 @@ TEST_CASE("On the GPU an expert id out of range touches no memory and raises", "
   }
 }
 
-TEST_CASE("On the GPU the sentinel E is no expert", "[cuda][layer]") {
+TEST_CASE("On the GPU the sentinel E is no expert", "[cuda][layer][racecheck]") {
   if (!gpu_found()) return;
   Model model;
   OnGpu<LruPolicy> left_out(model, all_pinned, Budget::experts(2));

@@ -118,7 +118,7 @@ TEST_CASE("Embeddings on the GPU are read there, behind the caller's stream", "[
   }
 }
 
-TEST_CASE("States on the GPU are taken up and written there", "[predictor]") {
+TEST_CASE("States on the GPU are taken up and written there", "[predictor][racecheck]") {
   if (!can_run()) return;
   const Predictor predictor = make_predictor(reference::random_weights("causal_lstm", 12, 16, 10));
   const std::int64_t size = predictor.state_size();
