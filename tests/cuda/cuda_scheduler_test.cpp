@@ -23,6 +23,7 @@
 using namespace sida;
 using namespace sida::test;
 
+namespace cuda_scheduler_test {
 namespace {
 
 constexpr std::size_t slab_bytes = 5000;
@@ -184,3 +185,5 @@ TEST_CASE("Layers that were taken from RAM and from the GPU lie in pinned memory
   copy_to_host(slabs[3].data(), there[3].data(), slab_bytes);
   CHECK(pattern.holds({1, 3}, slabs[3].data()));
 }
+
+}  // namespace cuda_scheduler_test

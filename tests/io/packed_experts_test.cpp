@@ -17,6 +17,7 @@ using Catch::Matchers::ContainsSubstring;
 using sida::CheckpointStore;
 using sida::DataType;
 
+namespace packed_experts_test {
 namespace {
 
 using Bytes = std::vector<std::uint8_t>;
@@ -367,3 +368,5 @@ TEST_CASE("Packed experts are computed in bf16 unless another dtype is asked for
   CHECK(experts.layout == "stacked, mxfp4");
   CHECK(experts.stored_bytes() == 96 * 17 + 32 * 4);
 }
+
+}  // namespace packed_experts_test

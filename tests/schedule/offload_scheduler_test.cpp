@@ -12,6 +12,7 @@
 using namespace sida;
 using namespace sida::test;
 
+namespace offload_scheduler_test {
 namespace {
 
 constexpr std::size_t slab_bytes = 256;
@@ -380,3 +381,5 @@ TEMPLATE_LIST_TEST_CASE("Any thread timing gives each call its experts, and stat
   CHECK(stats.prefetches <= stats.loads);
   CHECK(stats.total.uses - stats.total.hits <= stats.loads);
 }
+
+}  // namespace offload_scheduler_test

@@ -26,6 +26,7 @@
 using namespace sida;
 using namespace sida::test;
 
+namespace replay_test {
 namespace {
 
 constexpr std::int32_t layers = 3, experts = 12;
@@ -258,3 +259,5 @@ TEST_CASE("Belady's rule gives the fewest loads of all ways to evict", "[replay]
     }
   }
 }
+
+}  // namespace replay_test

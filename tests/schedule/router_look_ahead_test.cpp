@@ -13,6 +13,7 @@
 using namespace sida;
 using namespace sida::test;
 
+namespace router_look_ahead_test {
 namespace {
 
 constexpr std::size_t slab_bytes = 256;
@@ -306,3 +307,5 @@ TEST_CASE("Closing while a guess is under way ends it", "[look-ahead]") {
     CHECK(stats.look_ahead_wasted <= stats.look_ahead_loads);
   }
 }
+
+}  // namespace router_look_ahead_test
