@@ -353,7 +353,7 @@ TEST_CASE("no tokens are no work") {
   CHECK(GpuLayer(config, random_slabs(config, 1)).run(random_input(config, 0, 1)).bytes.empty());
 }
 
-TEST_CASE("ids out of range are counted and left out; the sentinel and weight 0 are left out",
+TEST_CASE("ids out of range are counted and left out, the sentinel and weight 0 left out",
           "[racecheck]") {
   if (!gpu_found()) return;
   const auto type = GENERATE(DataType::i32, DataType::i64);

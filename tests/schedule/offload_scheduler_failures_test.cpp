@@ -135,7 +135,7 @@ TEMPLATE_LIST_TEST_CASE("Whatever goes wrong at whichever read, with tables buil
   CHECK(failing > 12);  // each of 6 experts is read in 2 chunks, at least
 }
 
-TEST_CASE("A prefetch that fails is forgotten; the layer brings its expert itself",
+TEST_CASE("A prefetch that fails is forgotten, and the layer brings its expert itself",
           "[scheduler][failures]") {
   std::atomic<bool> broken = true;
   const auto store =
