@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoTokenizer, DynamicCache, OlmoeForCausalLM
 
 import sida
@@ -163,6 +164,20 @@ def named_beforehand(
     }
 
 
+@torch.no_grad()
+def perplexities(model: Any, predictor: Any, rows: list[Tensor]) -> dict[str, float]:
+    """Perplexity of texts with the model's own routing, and with routing from the predictor."""
+    found = {}
+    for routing in ("exact", "predicted"):
+        losses: list[Tensor] = []
+        with sida.offload(model, memory=1.0, routing=routing, predictor=predictor) as off:
+            for row in rows:
+                logits = off.model(input_ids=row[None]).logits[0, :-1].float()
+                losses.append(F.cross_entropy(logits, row[1:], reduction="none"))
+        found[routing] = round(float(torch.cat(losses).mean().exp()), 3)
+    return found
+
+
 def measure() -> dict[str, Any]:
     """Return hit rates of every task, budget and way."""
     torch.set_num_threads(1)  # products as small as these are faster so
@@ -196,6 +211,7 @@ def measure() -> dict[str, Any]:
         "tokens": TOKENS,
         "prompt": PROMPT,
         "temperature": TEMPERATURE,
+        "perplexity": perplexities(model, PREDICTOR, load_tasks()[0].rows),
         "tasks": found,
     }
 

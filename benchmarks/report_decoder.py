@@ -17,7 +17,7 @@ WAYS = {
     "auto": "cache alone, auto",
     "belady": "cache alone, Belady's rule",
     "look-ahead": "look-ahead",
-    "predictor": "trained predictor",
+    "predictor": "trained predictor and look-ahead",
     "recorded": "recorded tables, one token ahead",
 }
 POLICIES = ("fifo", "lru", "lfu", "auto")
@@ -60,16 +60,24 @@ def decoder_gains(results: Results) -> str:
             f"{what} {_percent(_in_time(rates[way]))}"
             for way, what in (
                 ("look-ahead", "look-ahead"),
-                ("predictor", "the trained predictor"),
+                ("predictor", "both look-ahead and the trained predictor"),
                 ("belady", "Belady's rule without foretelling"),
             )
         )
         lines.append(
             f"- **{name.capitalize()}** with a quarter of the experts: the best cache alone has "
             f"{_percent(rates[best]['hits'])} ({best}) of what is asked for, {others}. Look-ahead "
-            f"brings {_times(rates, 'look-ahead')} times as many experts as auto alone, the "
-            f"predictor {_times(rates, 'predictor')} times."
+            f"brings {_times(rates, 'look-ahead')} times as many experts as auto alone, both "
+            f"{_times(rates, 'predictor')} times."
         )
+    exact, predicted = (
+        results["decoder_routing"]["perplexity"][routing] for routing in ("exact", "predicted")
+    )
+    lines.append(
+        f'- **Predicted routing**: with `routing="predicted"` the routers do not run, and these '
+        f"excerpts have a perplexity of {predicted:.1f}; with the model's own routing, whatever "
+        f"brings the experts, it is {exact:.1f}."
+    )
     worst = max(
         (
             rates["auto"]["loads"] / rates[policy]["loads"],

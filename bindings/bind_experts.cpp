@@ -98,7 +98,7 @@ void bind_experts(py::module_& module) {
            "Whether the pass's hash table foretells this layer.")
       .def("wants_look_ahead", &AnyExperts::wants_look_ahead, py::call_guard<Unlocked>(),
            "Whether forward() has a use for next_top_k_index in the pass at hand: there is a next "
-           "layer, not all experts have room, and no hash table foretells them.")
+           "layer, and not all experts have room.")
       .def("set_threads", &AnyExperts::set_threads, py::arg("threads"), py::call_guard<Unlocked>(),
            "Threads that compute, of all layers of the scheduler.");
 }

@@ -19,6 +19,22 @@ TEST_CASE("The next known use is the nearest step that is not over", "[forecast]
   CHECK(forecast.expected_use_after(id, 5) == 7);
 }
 
+TEST_CASE("Of what is foretold for one step the surer counts", "[forecast]") {
+  UseForecast forecast(2, 4);
+  const ExpertId id{1, 3};
+  CHECK(forecast.probability_at(id, 3) == 0);
+  forecast.add(id, 3, 0.25);
+  forecast.add(id, 5, 0.75);
+  forecast.add_guess(id, 3, 0.5);
+  CHECK(forecast.probability_at(id, 3) == 0.5);
+  CHECK(forecast.next_use(id, 0.4) == 3);
+  forecast.add_guess(id, 5, 0.5);
+  CHECK(forecast.probability_at(id, 5) == 0.75);
+  CHECK(forecast.probability_at(id, 4) == 0);
+  forecast.begin_pass(4);
+  CHECK(forecast.next_use(id) == 5);
+}
+
 TEST_CASE("What a layer asks for replaces what was foretold", "[forecast]") {
   UseForecast forecast(2, 4);
   forecast.add({0, 0}, 2);

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from family_models import make_family
 
+from sida.huggingface import find_adapter
 from sida.torch import Predictor
 from sida.torch.architectures import make_network
 
@@ -50,6 +51,26 @@ def test_reading_and_writing_are_what_they_say(
     written = writing.run(model)
     assert [row[:5] for row in written] == [row[:5] for row in given] and written != given
     assert writing.run(model) == written
+
+
+def test_routing_that_is_foretold_costs_perplexity_and_exact_routing_none(
+    benchmark: ModuleType, model: Any, tasks: list[Any]
+) -> None:
+    adapter = find_adapter(model)
+    layers = len(adapter.layer_names)
+    network = make_network("token", 32, adapter.num_experts, layers, hidden_size=16)
+    predictor = Predictor(
+        "token",
+        network.requires_grad_(False),
+        layers=layers,
+        heads=[*range(layers)],
+        fingerprint=adapter.fingerprint(),
+    )
+    found = benchmark.perplexities(model, predictor, tasks[0].rows)
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss for row in tasks[0].rows]
+    assert found["exact"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-3)
+    assert abs(found["predicted"] - found["exact"]) > 1e-2
 
 
 def test_a_replay_is_what_a_run_without_tables_does(

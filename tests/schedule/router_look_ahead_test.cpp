@@ -116,6 +116,25 @@ TEST_CASE("Guesses of a rank that come out wrong bring nothing after a while, bu
   CHECK(stats.layers[1].hits == 40);
 }
 
+TEST_CASE("How right guesses are is learnt apart by what a table says of them", "[look-ahead]") {
+  LookingAhead engine(std::make_shared<PatternStore>(2, 100, slab_bytes), Budget::experts(6),
+                      one_thread());
+  for (int pass = 0; pass < 40; ++pass) {
+    const std::int32_t right = pass, wrong = 50 + pass;
+    HashTable table = table_of({{0}, {right}});
+    table.probs[1] = 0.3f;  // not enough to be brought for the table's sake
+    engine.scheduler.begin_pass(table, 0, {});
+    call(engine, 0, {0});
+    // Of one rank: half of its guesses are right, those of which the table speaks.
+    engine.scheduler.look_ahead(1, std::vector<RouterChoice>{{wrong, 0}, {right, 0}});
+    REQUIRE(eventually([&] { return engine.is_resident({1, right}); }));
+    if (pass >= 10) CHECK(!engine.is_resident({1, wrong}));
+    call(engine, 1, {right});
+    engine.scheduler.end_pass();
+  }
+  CHECK(engine.scheduler.stats().layers[1].hits == 40);
+}
+
 TEST_CASE("A guess does not move out what its layer has always needed", "[look-ahead]") {
   LookingAhead engine(std::make_shared<PatternStore>(2, 8, slab_bytes), Budget::experts(2),
                       one_thread());
@@ -281,14 +300,13 @@ TEST_CASE("A guess out of range is refused", "[look-ahead]") {
   CHECK(engine.scheduler.stats().total.look_ahead.foretold == 0);
 }
 
-TEST_CASE("Look-ahead is of use only where experts have no slot and no table foretells more",
-          "[look-ahead]") {
+TEST_CASE("Look-ahead is of use only where experts have no slot", "[look-ahead]") {
   const auto store = std::make_shared<PatternStore>(2, 4, slab_bytes);
   LookingAhead few(store, Budget::experts(7));
   few.scheduler.begin_pass({}, 0, {});
   CHECK(few.scheduler.wants_look_ahead());
   few.scheduler.begin_pass(table_of({{0}, {1}}), 0, {});
-  CHECK(!few.scheduler.wants_look_ahead());
+  CHECK(few.scheduler.wants_look_ahead());
   few.scheduler.end_pass();
   few.scheduler.resize(Budget::fraction(1));
   few.scheduler.begin_pass({}, 0, {});

@@ -62,6 +62,13 @@ class UseForecast {
     return before + 1 / (nearness + none_yet / (unknown - before));
   }
 
+  /// How probable a use of the expert at `step` is as far as foretold.
+  double probability_at(ExpertId id, Step step) const noexcept {
+    for (const Use& use : uses_[index(id)])
+      if (use.step == step) return use.probability;
+    return 0;
+  }
+
   /// Foretells a use, with the probability that it takes place.
   void add(ExpertId id, Step step, double probability = 1) {
     add_guess(id, step, probability);
@@ -69,11 +76,15 @@ class UseForecast {
     horizon = std::max(horizon, step);
   }
 
-  /// The same, of a guess: it says nothing of the layer's experts that it does not name.
+  /// The same, of a guess: it says nothing of the layer's experts that it does not name. Of what is
+  /// foretold for one step, the surer counts.
   void add_guess(ExpertId id, Step step, double probability) {
     std::vector<Use>& uses = uses_[index(id)];
-    const auto later = [](Step value, const Use& use) { return value < use.step; };
-    uses.insert(std::upper_bound(uses.begin(), uses.end(), step, later), {step, probability});
+    const auto place = first_from(uses, step);
+    if (place != uses.end() && place->step == step)
+      place->probability = std::max(place->probability, probability);
+    else
+      uses.insert(place, {step, probability});
   }
 
   /// A pass begins whose first layer is step `step`, which may be one that was passed before. What

@@ -203,11 +203,11 @@ class OffloadScheduler {
   }
 
   /// Whether it is of use to look ahead from a layer of the pass at hand: not all experts have a
-  /// slot, and there is no hash table that foretells more.
+  /// slot. A hash table and look-ahead know different things, so that there may be both.
   bool wants_look_ahead() {
     const auto mine = turn();
     const std::lock_guard lock(cache_.mutex());
-    return !table_ && cache_.slots_locked() < cache_.total_experts();
+    return cache_.slots_locked() < cache_.total_experts();
   }
 
   /// Tells what the router of a layer chooses on an earlier layer's input: the experts may be

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -32,8 +33,9 @@ struct LayerStep {
 /// Prediction without training: what the next layer's router chooses on the input of the layer at
 /// hand, since hidden states change little from layer to layer.
 ///
-/// A guess is as probable as guesses of its layer and rank were right so far, so that where the
-/// hidden states do change, little is brought in vain. It may take the slot of an expert whose next
+/// A guess is as probable as guesses of its layer and rank were right so far of which a hash table
+/// said as much, so that where the hidden states do change, or a table knows better, little is
+/// brought in vain. It may take the slot of an expert whose next
 /// use is to be expected later than its own. Guarded by the cache's mutex.
 template <class Cache>
 class RouterLookAhead {
@@ -53,9 +55,10 @@ class RouterLookAhead {
     forget();
     next_ = next;
     for (const RouterChoice& choice : choices) {
-      const double probability = record(next.layer, choice.rank).precision();
       const ExpertId id{next.layer, choice.expert};
-      choices_.push_back(choice);
+      const auto level = level_of(cache_.forecast().probability_at(id, next.step));
+      const double probability = record(next.layer, choice.rank, level).precision();
+      guesses_.push_back({choice, level});
       if (probability < threshold_) continue;
       cache_.forecast().add_guess(id, next.step, probability);
       uses_.push_back({next.step, id, static_cast<float>(probability)});
@@ -78,12 +81,12 @@ class RouterLookAhead {
         is_needed_[static_cast<std::size_t>(experts[i])] = counts;
         stats.uses += counts;
       }
-      for (const RouterChoice& choice : choices_) {
+      for (const auto& [choice, level] : guesses_) {
         const bool is_right = is_needed_[static_cast<std::size_t>(choice.expert)] != 0;
-        record(begun.layer, choice.rank).add(is_right);
+        record(begun.layer, choice.rank, level).add(is_right);
         stats.foretold_uses += is_right;
       }
-      stats.foretold = std::ssize(choices_);
+      stats.foretold = std::ssize(guesses_);
     }
     forget();
     return stats;
@@ -92,7 +95,7 @@ class RouterLookAhead {
   /// What was foretold is no longer to be expected.
   void forget() noexcept {
     next_ = {};
-    choices_.clear();
+    guesses_.clear();
     uses_.clear();
   }
 
@@ -122,7 +125,13 @@ class RouterLookAhead {
   }
 
  private:
-  /// How often guesses of one layer and rank were right.
+  /// A choice, and how probable a hash table takes it to be.
+  struct Guess {
+    RouterChoice choice;
+    std::size_t level;
+  };
+
+  /// How often guesses of one layer, rank and level were right.
   class Record {
    public:
     void add(bool is_right) noexcept {
@@ -138,19 +147,26 @@ class RouterLookAhead {
     double guesses_ = 0, right_ = 0;
   };
 
-  Record& record(std::int32_t layer, std::int32_t rank) {
-    std::vector<Record>& ranks = records_[static_cast<std::size_t>(layer)];
+  /// What a table says is told apart in steps that hold enough guesses each: hardly, perhaps,
+  /// surely.
+  static constexpr std::array levels{0.1, 0.4};
+  static std::size_t level_of(double probability) {
+    return static_cast<std::size_t>(std::ranges::upper_bound(levels, probability) - levels.begin());
+  }
+
+  Record& record(std::int32_t layer, std::int32_t rank, std::size_t level) {
+    auto& ranks = records_[static_cast<std::size_t>(layer)];
     const auto place = static_cast<std::size_t>(rank);
     if (place >= ranks.size()) ranks.resize(place + 1);
-    return ranks[place];
+    return ranks[place][level];
   }
 
   Cache& cache_;
   double threshold_;
-  std::vector<std::vector<Record>> records_;  // by layer and rank
+  std::vector<std::vector<std::array<Record, levels.size() + 1>>> records_;  // by layer and rank
   LayerStep next_;
-  std::vector<RouterChoice> choices_;  // for that layer
-  std::vector<PlannedUse> uses_;       // of these, the ones to be brought, surest first
+  std::vector<Guess> guesses_;    // for that layer
+  std::vector<PlannedUse> uses_;  // of these, the ones to be brought, surest first
   std::vector<std::uint8_t> is_needed_;
 };
 

@@ -60,6 +60,36 @@ class DecoderAdapter(LayersAdapter):
         assert isinstance(ids, Tensor)
         return ids
 
+    def leave_router_out(self, layer: int) -> None:
+        """Let the layer's router choose nothing, since its experts go by the hash table.
+
+        What else the layer computes, as shared experts, goes on. The router returns zeros.
+        """
+        router, module = self._router(layer), self._layers[layer]
+        arguments = _router_arguments(router, module)
+        weight = next(router.parameters())
+        with torch.no_grad():
+            one = weight.new_zeros(1, self._embedding_weight().shape[1])
+            shapes = [
+                (value.shape[1:], value.dtype)
+                for value in type(router).forward(router, one, **arguments)
+            ]
+
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+            rows = hidden_states.flatten(0, -2).shape[0]
+            return tuple(
+                hidden_states.new_zeros(rows, *shape, dtype=dtype) for shape, dtype in shapes
+            )
+
+        router.forward = forward
+
+    def remove(self, layer: int) -> None:
+        """Put the layer's own experts and router back."""
+        super().remove(layer)
+        router = self._router(layer)
+        if isinstance(router, nn.Module):
+            router.__dict__.pop("forward", None)
+
     def stack(self) -> nn.Module:
         """Return the decoder."""
         if not self.predictable:

@@ -22,6 +22,11 @@ from sida.threads import default_threads
 from sida.torch.experts_module import CLOSED
 
 DTYPES = {name: dtype for dtype, name in checks.DTYPES.items()}
+NO_TABLE = (
+    "this layer's routing is predicted, and the pass has no hash table to take it from: call the "
+    "model or its encoder, not a layer by itself, and a decoder with a DynamicCache that it filled "
+    'itself, not compiled; or offload with routing="exact"'
+)
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
 
@@ -252,10 +257,7 @@ class Engine:
         """Compute a layer's experts as the pass's hash table says, zeros where it says nothing."""
         if not self._layers[layer].has_prediction():
             if self.scheduler.current_table() is None:
-                raise RuntimeError(
-                    "routing is predicted where the stack of a layer is entered: call the model "
-                    "or its encoder, not a layer by itself"
-                )
+                raise RuntimeError(NO_TABLE)
             return hidden.new_zeros(hidden.shape)
         out: Tensor = self._layers[layer].forward_predicted(self._input(hidden))
         return _in(hidden.dtype, out)

@@ -89,12 +89,18 @@ class LayersAdapter(ABC):
             experts = stand_in
         experts.compute, experts.compute_predicted = compute, compute_predicted
         if compute_predicted is not None:
+            self.leave_router_out(layer)
 
-            def forward(hidden_states: Tensor) -> Tensor:
-                rows = experts.predicted(hidden_states.flatten(0, -2))
-                return rows.view_as(hidden_states)
+    def leave_router_out(self, layer: int) -> None:
+        """Let the layer be its experts alone, which take their routing from the hash table."""
+        module, experts = self._layers[layer], self.experts(layer)
+        assert isinstance(experts, ExpertsModule)
 
-            module.forward = forward
+        def forward(hidden_states: Tensor) -> Tensor:
+            rows = experts.predicted(hidden_states.flatten(0, -2))
+            return rows.view_as(hidden_states)
+
+        module.forward = forward
 
     def remove(self, layer: int) -> None:
         """Put the layer's own experts and forward back."""

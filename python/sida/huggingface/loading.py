@@ -142,7 +142,7 @@ def from_pretrained(
         memory=memory,
         device=place.device,
         routing=routing,
-        tables=open_tables(predictor, adapter, routing=routing, device=place.device),
+        tables=open_tables(predictor, adapter, device=place.device),
         look_ahead=LookAhead(adapter, wanted=predictor is not False),
         policy=policy,
         threads=threads,

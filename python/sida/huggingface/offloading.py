@@ -64,12 +64,13 @@ def offload(
         routing: "exact": the model's own routers decide, and a predictor only brings experts
             early. "predicted" (SiDA-MoE): in the layers that the predictor foretells, experts and
             scales come from its hash table, and the routers never run; their logits are then
-            missing among a model's `router_logits`. Padding is left out in those layers.
+            missing among a model's `router_logits`, or zeros in a decoder. Padding is left out in
+            those layers. A decoder's pass needs a DynamicCache that it filled itself, or none.
         predictor: From `sida.train_predictor`, the path of one, or (of an encoder) a recorded
             HashTable. It works where the experts are computed; a `sida.HashPredictor` where it was
-            loaded for. Whatever it is, with exact routing a decoder's passes without a hash table
-            look ahead: the next layer's router, on this layer's input, tells which experts may come
-            early; see `look_ahead` in `stats()`. False: no look-ahead either.
+            loaded for. Whatever it is, with exact routing a decoder's passes look ahead, too: the
+            next layer's router, on this layer's input, tells which experts may come early; see
+            `look_ahead` in `stats()`. False: no look-ahead either.
         policy: Which expert makes way: "fifo", "lru", "lfu", "lookahead" (what the hash tables
             need last), or "auto".
         threads: For computing experts; by default as many as torch uses, and no more than the
@@ -102,7 +103,7 @@ def offload(
     checks.check_model(model)
     dtype = checks.experts_dtype(adapter)
     place = Place(checks.find_device(device, model_device(model), host_memory), host_memory)
-    tables = open_tables(predictor, adapter, routing=routing, device=place.device)
+    tables = open_tables(predictor, adapter, device=place.device)
     return Offloaded(
         model,
         adapter,

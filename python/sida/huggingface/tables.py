@@ -177,16 +177,13 @@ class RecordedTables:
         )
 
 
-def open_tables(
-    predictor: Any, adapter: ExpertAdapter, *, routing: str = "exact", device: str = "cpu"
-) -> Tables | None:
+def open_tables(predictor: Any, adapter: ExpertAdapter, *, device: str = "cpu") -> Tables | None:
     """Return what makes tables for a model.
 
     Args:
         predictor: A path of a predictor or of a hash table, either of them as an object, anything
             else with HashPredictor's attributes and `predict`; None or False for none.
         adapter: The model.
-        routing: "exact" or "predicted".
         device: Where the experts are computed: a predictor that is loaded here works there, too.
 
     Raises:
@@ -197,11 +194,6 @@ def open_tables(
         return None
     if not adapter.predictable:
         adapter.stack()  # says why there is none
-    if adapter.causal and routing == "predicted":
-        raise ValueError(
-            'routing="predicted" is for encoders: a decoder routes exactly, and predictor= brings '
-            'its experts early; pass routing="exact"'
-        )
     if isinstance(predictor, str | os.PathLike):
         predictor = load(predictor, device)
     if isinstance(predictor, HashTable):

@@ -35,9 +35,13 @@ class ExpertsModule(StandIn):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts' weighted sum for every token.
 
+        Where the layer is routed by hash table, it says nothing that the router chose.
+
         Raises:
             RuntimeError: Gradients or dropout are wanted, or the handle was closed.
         """
+        if self.compute_predicted is not None:
+            return self.predicted(hidden_states)
         self._check(hidden_states, top_k_weights)
         if torch.compiler.is_dynamo_compiling():
             out: Tensor = operators.experts(
