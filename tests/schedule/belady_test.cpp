@@ -153,3 +153,32 @@ TEST_CASE("A link that has to bring as much as it can is hardly ever at rest", "
     CHECK(result.seconds <= 1.15 * moving);
   }
 }
+
+// Half of a layer's experts are needed each time, so that Belady's rule keeps some for the next
+// pass; what it lets go in time for the next layer is not enough to keep the link at work.
+TEST_CASE("Slots are spared where layers wait for a link at rest, at a price that is bounded",
+          "[belady]") {
+  constexpr std::int32_t many = 64, walk = 6;
+  std::mt19937 random(5);
+  std::vector<HashTable> tables;
+  for (std::uint64_t batch = 0; batch < 60; ++batch) {
+    PassNeeds needs(walk);
+    for (auto& layer : needs)
+      for (std::int32_t expert = 0; expert < many; ++expert)
+        if (random() % 2) layer.push_back(expert);
+    tables.push_back(table_of(needs, batch));
+  }
+  const HashTable table = concatenate(tables);
+  ReplayOptions options;
+  options.experts = many;
+  options.slab_bytes = 64;
+  options.memory = Budget::experts(96);
+  options.bytes_per_second = 64 * 84;
+  options.layer_seconds = 0.1;
+  const ReplayResult result = replay<LookAheadPolicy>(table, table, options);
+  const double moving = static_cast<double>(result.stats.bytes_moved) / options.bytes_per_second;
+  const auto fewest = static_cast<double>(belady_loads(uses_of(table), result.slots));
+  CAPTURE(result.seconds, moving, result.stats.loads, fewest);
+  CHECK(result.seconds <= 1.05 * moving);
+  CHECK(static_cast<double>(result.stats.loads) <= 1.10 * fewest);
+}

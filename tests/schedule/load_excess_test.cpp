@@ -5,6 +5,7 @@
 #include "sida/schedule/load_excess.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -67,27 +68,25 @@ TEST_CASE("Where all uses are foretold the fewest loads are Belady's", "[excess]
   }
 }
 
-TEST_CASE("Loads are too many beyond the share that is allowed, without those still unread",
+TEST_CASE("The excess is what was loaded beyond Belady's, without what is still unread",
           "[excess]") {
   LoadExcess excess(layers, experts);
+  CHECK(excess.excess(0) == 0);
   const double fewest = fewest_loads(made_up(40, 5, 1), 7, excess);
-  const auto allowed = static_cast<int>(fewest * (1 + LoadExcess::allowed));
-  REQUIRE(allowed > fewest);
-  for (int i = 0; i < allowed; ++i) excess.loaded();
-  CHECK_FALSE(excess.is_too_high(0));
-  excess.loaded();
-  CHECK(excess.is_too_high(0));
-  CHECK_FALSE(excess.is_too_high(1));
+  CHECK(excess.excess(0) == -1);
+  for (int i = 0; i < static_cast<int>(fewest) + 12; ++i) excess.loaded();
+  CHECK(std::abs(excess.excess(0) - 12 / fewest) < 1e-12);
+  CHECK(std::abs(excess.excess(4) - 8 / fewest) < 1e-12);
 }
 
 TEST_CASE("With other slots the count begins anew", "[excess]") {
   LoadExcess excess(layers, experts);
   fewest_loads(made_up(40, 5, 1), 7, excess);
   for (int i = 0; i < 1000; ++i) excess.loaded();
-  REQUIRE(excess.is_too_high(0));
+  REQUIRE(excess.excess(0) > 1);
   const Steps one = made_up(1, 5, 2);
   CHECK(fewest_loads(one, 8, excess) == static_cast<double>(belady_loads(batches_of(one), 8)));
-  CHECK_FALSE(excess.is_too_high(0));
+  CHECK(excess.excess(0) == -1);
 }
 
 TEST_CASE("The past fades", "[excess]") {

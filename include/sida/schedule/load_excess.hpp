@@ -21,8 +21,8 @@ namespace sida {
 /// the forecast that it looks at.
 class LoadExcess {
  public:
-  /// Of Belady's loads: more bytes would hardly hide more of the wait.
-  static constexpr double allowed = 0.05;
+  /// Of Belady's loads: what may be spent on experts that come early.
+  static constexpr double allowed = 0.08;
 
   LoadExcess(std::int32_t layers, std::int32_t experts)
       : experts_(experts),
@@ -57,10 +57,10 @@ class LoadExcess {
   /// The loads that Belady's rule needs, halved with the past.
   double fewest() const noexcept { return fewest_; }
 
-  /// Whether there were more loads than are allowed, apart from `early` ones that are still to be
+  /// The loads beyond Belady's, as a share of these; without `early` ones, which are still to be
   /// used.
-  bool is_too_high(std::int64_t early) const noexcept {
-    return loads_ - static_cast<double>(early) > fewest_ * (1 + allowed);
+  double excess(std::int64_t early) const noexcept {
+    return fewest_ < 1 ? 0 : (loads_ - static_cast<double>(early)) / fewest_ - 1;
   }
 
  private:

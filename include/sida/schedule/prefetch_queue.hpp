@@ -18,10 +18,10 @@ namespace sida {
 /// them is to be fetched next. Guarded by the cache's mutex.
 ///
 /// A prefetch takes a free slot, or that of an expert which is used later than itself and leaves
-/// before that use in any case, see EvictionOutlook; so it comes early, but moves no byte twice.
-/// Where uses are not sure the outlook is not either: it counts for the next layer only, and the
-/// nearest `reach` of them may take the slot of any expert that is used later; of sure ones, which
-/// count for a whole walk through the layers, a quarter as many.
+/// before that use in any case, see EvictionOutlook; so it comes early, but moves few bytes twice.
+/// Of sure uses that counts for a whole walk through the layers. Where uses are not sure the
+/// outlook is not either: it counts for the next layer only, and the nearest `reach` of them may
+/// take the slot of any expert that is used later.
 template <class Cache>
 class PrefetchQueue {
  public:
@@ -74,7 +74,7 @@ class PrefetchQueue {
       const PlannedUse& use = uses_[scanned_];
       if (cache_.residency_locked(use.id) == Cache::Residency::absent) {
         const bool is_sure = use.probability >= 1;
-        const bool is_near = static_cast<std::int64_t>(scanned_) < (is_sure ? reach / 4 : reach);
+        const bool is_near = !is_sure && static_cast<std::int64_t>(scanned_) < reach;
         const std::int64_t until = forecast.now() + (is_sure ? cache_.store().layers() : 1);
         const bool is_soon = use.step <= until;
         return cache_.reserve_locked(use.id, [&](ExpertId victim) {
@@ -96,11 +96,13 @@ class PrefetchQueue {
   /// is taken once for each plan: experts that made way since are gone from it, too.
   bool leaves(ExpertId id) {
     if (std::exchange(is_outlook_old_, false))
-      outlook_.look(uses_, cache_.held_locked(), cache_.slots_locked(), cache_.forecast());
+      outlook_.look(uses_, cache_.held_locked(), cache_.slots_locked() - spare_, cache_.forecast());
     return outlook_.leaves(id, cache_.forecast().next_use(id, threshold_));
   }
   /// The outlook is to be taken anew.
   void look_again() noexcept { is_outlook_old_ = true; }
+  /// The outlook is to be that of so many slots fewer, see SpareSlots; from the next on.
+  void spare(std::int64_t slots) noexcept { spare_ = slots; }
 
  private:
   // Or two experts whose uses are not sure, so that each is expected later than the other's step,
@@ -116,6 +118,7 @@ class PrefetchQueue {
   std::size_t scanned_ = 0;  // uses at the front whose experts are there or under way
   EvictionOutlook outlook_;
   bool is_outlook_old_ = true;
+  std::int64_t spare_ = 0;
   std::uint64_t regretted_ = 0;
 };
 

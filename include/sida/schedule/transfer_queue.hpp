@@ -17,6 +17,7 @@
 #include "sida/schedule/load_excess.hpp"
 #include "sida/schedule/prefetch_queue.hpp"
 #include "sida/schedule/router_look_ahead.hpp"
+#include "sida/schedule/spare_slots.hpp"
 
 namespace sida {
 
@@ -25,7 +26,7 @@ struct TransferOptions {
   int threads = 2;                     ///< loads under way at once
   std::size_t chunk_bytes = 4u << 20;  ///< a demand waits for at most one chunk a thread
   /// For how many uses ahead of the computation experts make way for a use that is not sure, even
-  /// if they would have stayed otherwise. Fewer with few slots; a quarter for uses that are sure.
+  /// if they would have stayed otherwise. Fewer with few slots.
   std::int64_t uses_ahead = 4;
   double threshold = 0.4;  ///< experts wanted less surely are not brought early
 };
@@ -66,8 +67,7 @@ class TransferQueue {
 
   /// A layer begins, the one that the forecast has begun, and needs these experts.
   void begin_layer(std::int32_t layer, const std::vector<std::int32_t>& experts) {
-    if (!prefetches_.empty())
-      excess_.needed(layer, experts, cache_.slots_locked(), cache_.forecast());
+    if (!prefetches_.empty()) weigh_loads(layer, experts);
     prefetches_.drop_before(cache_.forecast().now() + 1);
   }
 
@@ -209,6 +209,17 @@ class TransferQueue {
     return false;
   }
 
+  // How many loads were too many, and what that leaves to spare for those that come early.
+  void weigh_loads(std::int32_t layer, const std::vector<std::int32_t>& experts) {
+    excess_.needed(layer, experts, cache_.slots_locked(), cache_.forecast());
+    const double excess = excess_.excess(cache_.unread_locked());
+    are_loads_too_many_ = excess > LoadExcess::allowed;
+    const bool waits = std::any_of(experts.begin(), experts.end(), [&](std::int32_t expert) {
+      return cache_.residency_locked({layer, expert}) == Cache::Residency::absent;
+    });
+    spare_.begin_layer(waits && under_way_.empty(), cache_.slots_locked());
+    prefetches_.spare(spare_.count(excess));
+  }
   // `uses_ahead`, fewer with few slots.
   std::int64_t reach() const noexcept {
     return std::min(options_.uses_ahead,
@@ -218,9 +229,8 @@ class TransferQueue {
   // slots from experts that are used sooner, which few slots cannot bear, nor many loads too many.
   std::int64_t enough_backlog() const noexcept {
     const auto enough = std::clamp<std::int64_t>(cache_.slots_locked() / 33, 1, 4);
-    return enough > 1 && are_loads_too_many() ? 1 : enough;
+    return are_loads_too_many_ ? 1 : enough;
   }
-  bool are_loads_too_many() const noexcept { return excess_.is_too_high(cache_.unread_locked()); }
   // While computation has enough to go on with, a demand waits for a slot of its own layer rather
   // than taking it from an expert that is used sooner.
   std::optional<typename Cache::Loading> reserve_for(const Request& request) {
@@ -236,7 +246,7 @@ class TransferQueue {
   // bytes, and keeps the link at work.
   void spend(const typename Cache::Loading& slot) {
     if (slot.evicted() && !prefetches_.empty() && !prefetches_.leaves(*slot.evicted()) &&
-        are_loads_too_many())
+        are_loads_too_many_)
       prefetches_.look_again();
   }
   static bool is_waited_for(const Load& load) noexcept {
@@ -273,6 +283,8 @@ class TransferQueue {
   PrefetchQueue<Cache> prefetches_;
   RouterLookAhead<Cache> look_ahead_;
   LoadExcess excess_;
+  SpareSlots spare_;
+  bool are_loads_too_many_ = false;  // as of the layer at hand
   std::list<Load> under_way_;
   int calls_ = 0;
 };
