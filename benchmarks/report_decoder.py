@@ -91,6 +91,9 @@ def decoder_gains(results: Results) -> str:
     lines.append(
         f"- **A loss**: alone, `auto` brings up to {worst[0]:.2f} times what {worst[1]} does "
         f"({worst[2]})."
+        if worst[0] > 1
+        else f"- **Alone**, `auto` brings the fewest, at most {worst[0]:.2f} times what the best "
+        f"of the others does ({worst[1]}; {worst[2]})."
     )
     return "\n".join(lines)
 

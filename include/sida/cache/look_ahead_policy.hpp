@@ -10,8 +10,9 @@
 namespace sida {
 
 /// Belady's rule on what the hash tables foretell: evicts the expert whose next use lies furthest
-/// in the future. Uses beyond the tables are estimated from the walk through the layers and each
-/// expert's frequency, so that without any table it still does better than a rule that looks back.
+/// in the future. Uses beyond the tables are estimated from the walk through the layers, each
+/// expert's frequency and the time since its last use, see UseRates, so that without any table it
+/// still does better than rules that go by one of these.
 class LookAheadPolicy {
  public:
   static constexpr std::string_view name() noexcept { return "lookahead"; }

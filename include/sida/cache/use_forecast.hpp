@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "sida/cache/use_rates.hpp"
 #include "sida/core/expert_id.hpp"
 
 namespace sida {
@@ -25,7 +26,7 @@ class UseForecast {
       : layers_(layers),
         experts_(experts),
         uses_(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts)),
-        counts_(uses_.size(), 0.0),
+        rates_(uses_.size()),
         horizons_(static_cast<std::size_t>(layers), -1) {}
 
   /// The step of the layer at hand, or of the one that comes next.
@@ -91,21 +92,18 @@ class UseForecast {
   /// was foretold for steps before is over.
   void begin_pass(Step step) {
     advance(step);
-    passes_ += 1;
-    // Old passes fade, so that frequencies follow a change of topic.
-    if (passes_ < 512) return;
-    passes_ /= 2;
-    for (double& count : counts_) count /= 2;
+    first_ = step;
+    rates_.begin_pass();
   }
 
   /// Begins the layer at step `step`: what was foretold for it gives way to `needed`.
   void begin_layer(std::int32_t layer, Step step, const std::vector<std::int32_t>& needed) {
     drop_before(layer, step + 1);
     now_ = begun_ = step;
+    rates_.begin_layer(index({layer, 0}), static_cast<std::size_t>(experts_), needed);
     for (const std::int32_t expert : needed) {
       std::vector<Use>& uses = uses_[index({layer, expert})];
       uses.insert(uses.begin(), {step, 1});
-      counts_[index({layer, expert})] += 1;
     }
   }
 
@@ -136,12 +134,14 @@ class UseForecast {
 
   std::size_t index(ExpertId id) const noexcept { return index_of(id, experts_); }
   // Beyond everything that is known of its layer: the walk has to come to the layer again, and then
-  // 1 / frequency times until it is this one.
+  // 1 / chance times until it is this one. How long ago the last use was counts only where no table
+  // tells of uses in between.
   double unknown_use_after(ExpertId id, Step step) const noexcept {
     const Step after = std::max({step, begun_, horizons_[static_cast<std::size_t>(id.layer)]});
     const Step again = after + 1 + ((id.layer - after - 1) % layers_ + layers_) % layers_;
-    const double passes = (passes_ + 1) / (counts_[index(id)] + 0.5);
-    return static_cast<double>(again) + layers_ * std::max(passes - 1, 0.0);
+    const double chance = after == begun_ ? rates_.chance(index(id), (again - first_) / layers_)
+                                          : rates_.frequency(index(id));
+    return static_cast<double>(again) + layers_ * (1 / chance - 1);
   }
   static std::vector<Use>::iterator first_from(std::vector<Use>& uses, Step step) noexcept {
     return std::find_if(uses.begin(), uses.end(), [&](const Use& use) { return use.step >= step; });
@@ -155,10 +155,10 @@ class UseForecast {
 
   std::int32_t layers_, experts_;
   std::vector<std::vector<Use>> uses_;  // foretold uses of each expert, ascending
-  std::vector<double> counts_;          // uses of each expert
-  double passes_ = 0;
+  UseRates rates_;
   std::vector<Step> horizons_;  // the last step at which something is known of each layer
   Step now_ = 0;
+  Step first_ = 0;   // of the pass that began last
   Step begun_ = -1;  // the last step whose layer has begun
 };
 
