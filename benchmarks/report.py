@@ -274,10 +274,17 @@ def hash_building(results: Results) -> str:
             milliseconds(model["seconds"]["predictor"]),
             milliseconds(model["seconds"]["table"]),
             milliseconds(model["building_seconds"]),
+            milliseconds(model["building_beside_seconds"]),
         )
         for name, model in results["hash_building"]["models"].items()
     ]
-    head = ("", "batch with the predictor, ms", "with its tables, ms", "building a table, ms")
+    head = (
+        "",
+        "batch with the predictor, ms",
+        "with its tables, ms",
+        "building a table, ms",
+        "beside the computation, ms",
+    )
     return table(head, rows)
 
 
