@@ -87,6 +87,7 @@ def decoder_gains(results: Results) -> str:
         for task, found in results["decoder_routing"]["tasks"].items()
         for share, rates in found["rates"].items()
         for policy in POLICIES
+        if policy != "auto"
     )
     lines.append(
         f"- **A loss**: alone, `auto` brings up to {worst[0]:.2f} times what {worst[1]} does "
