@@ -330,6 +330,25 @@ TEMPLATE_LIST_TEST_CASE("The budget can change between calls", "[scheduler]", En
   CHECK(engine.backend.peak() <= 4 * slab_bytes);
 }
 
+TEST_CASE("Slots that were spared are no more than there are once the budget shrinks",
+          "[scheduler]") {
+  Scheduled<CpuBackend, LookAheadPolicy> engine(std::make_shared<PatternStore>(1, 16, slab_bytes),
+                                                Budget::experts(8));
+  const auto pass = [&](int first) {
+    std::vector<std::int32_t> needs;
+    for (int i = 0; i < 8; ++i) needs.push_back((first + i) % 16);
+    engine.scheduler.begin_pass(table_of({needs}), 0, {});
+    REQUIRE(engine.call(0, needs) == once(needs, 16));
+  };
+  for (int shrinking = 0; shrinking < 10; ++shrinking) {
+    engine.scheduler.resize(Budget::experts(8));
+    // Nothing that a layer needs is there, and the link is at rest: it comes to spare half of 8.
+    for (int i = 0; i < 10; ++i) pass(8 * i);
+    engine.scheduler.resize(Budget::experts(2));
+    pass(0);
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("Any thread timing gives each call its experts, and statistics that add up",
                         "[scheduler]", Engines) {
   const auto seed = GENERATE(1u, 2u, 3u);

@@ -30,7 +30,8 @@ class EvictionOutlook {
         experts_(experts),
         kept_(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts)) {}
 
-  /// Looks anew. `uses` are in the order in which they take place; `held` is resident or loading.
+  /// Looks anew. `uses` are in the order in which they take place; `held` is resident or loading;
+  /// `slots` is 1 or more.
   /// Only the first `uses_per_slot` uses for each slot count: it takes O(experts + slots · log
   /// slots).
   void look(const std::deque<PlannedUse>& uses, const std::vector<ExpertId>& held,

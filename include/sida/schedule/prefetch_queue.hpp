@@ -95,14 +95,18 @@ class PrefetchQueue {
   /// Whether the expert makes way before its next use in any case, see EvictionOutlook. The outlook
   /// is taken once for each plan: experts that made way since are gone from it, too.
   bool leaves(ExpertId id) {
-    if (std::exchange(is_outlook_old_, false))
-      outlook_.look(uses_, cache_.held_locked(), cache_.slots_locked() - spare_, cache_.forecast());
+    if (std::exchange(is_outlook_old_, false)) {
+      const std::int64_t slots = cache_.slots_locked();
+      const auto spared = static_cast<std::int64_t>(spare_ * static_cast<double>(slots));
+      outlook_.look(uses_, cache_.held_locked(), slots - spared, cache_.forecast());
+    }
     return outlook_.leaves(id, cache_.forecast().next_use(id, threshold_));
   }
   /// The outlook is to be taken anew.
   void look_again() noexcept { is_outlook_old_ = true; }
-  /// The outlook is to be that of so many slots fewer, see SpareSlots; from the next on.
-  void spare(std::int64_t slots) noexcept { spare_ = slots; }
+  /// The outlook is to be that of fewer slots by this share, less than 1, see SpareSlots; from the
+  /// next on.
+  void spare(double share) noexcept { spare_ = share; }
 
  private:
   // Or two experts whose uses are not sure, so that each is expected later than the other's step,
@@ -118,7 +122,7 @@ class PrefetchQueue {
   std::size_t scanned_ = 0;  // uses at the front whose experts are there or under way
   EvictionOutlook outlook_;
   bool is_outlook_old_ = true;
-  std::int64_t spare_ = 0;
+  double spare_ = 0;  // a share: a resize may leave fewer slots than were spared before
   std::uint64_t regretted_ = 0;
 };
 

@@ -217,8 +217,8 @@ class TransferQueue {
     const bool waits = std::any_of(experts.begin(), experts.end(), [&](std::int32_t expert) {
       return cache_.residency_locked({layer, expert}) == Cache::Residency::absent;
     });
-    spare_.begin_layer(waits && under_way_.empty(), cache_.slots_locked());
-    prefetches_.spare(spare_.count(excess));
+    spare_.begin_layer(waits && under_way_.empty());
+    prefetches_.spare(spare_.share(excess));
   }
   // `uses_ahead`, fewer with few slots.
   std::int64_t reach() const noexcept {
