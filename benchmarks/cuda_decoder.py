@@ -3,7 +3,8 @@
 
 `R` is sida's own time with all experts resident, `M` the bytes that were moved at the rate of the
 link in this run. Peers run on the same weights in the same process, token by token in turns; every
-one has a cache of its own and reads the same tokens. See decoder_models.py for what is random.
+one has a cache of its own and reads the same tokens. Attention is torch's flash kernel for all. See
+decoder_models.py for what is random.
 """
 
 from __future__ import annotations
@@ -379,6 +380,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    # cuDNN's attention, torch's first choice on Hopper, makes a new plan for each new length, 3 ms a
+    # layer: whoever reads a length first would pay for all who read it later.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     options.anyway = True  # a shared host's clock varies, and what is recorded says how much
     harness.run(NAME, options, lambda: measure(options))
 

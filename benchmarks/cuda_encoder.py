@@ -378,7 +378,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     # With all experts resident the calling thread sets the pace, and a shared host's clock varies.
-    harness.run("cuda_encoder", options, lambda: measure(options), spread=2)
+    harness.run("cuda/encoder", options, lambda: measure(options), spread=2)
 
 
 if __name__ == "__main__":

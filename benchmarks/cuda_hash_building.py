@@ -178,7 +178,7 @@ def main() -> None:
     options = harness.arguments(__doc__).parse_args()
     torch.set_grad_enabled(False)
     # As in cuda_encoder the calling thread sets the pace where little is moved.
-    harness.run("cuda_hash_building", options, lambda: measure(options.repetitions), spread=2)
+    harness.run("cuda/hash_building", options, lambda: measure(options.repetitions), spread=2)
 
 
 if __name__ == "__main__":
