@@ -394,8 +394,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    # cuDNN's attention, torch's first choice on Hopper, makes a new plan for each new length, 3 ms
-    # a layer: whoever reads a length first would pay for all who read it later.
+    # cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length, 3 ms a
+    # layer: whoever reads a length first would pay for all who read it later.
     torch.backends.cuda.enable_cudnn_sdp(False)
     options.anyway = True  # a shared host's clock varies, and what is recorded says how much
     harness.run(NAME, options, lambda: measure(options))

@@ -57,7 +57,7 @@ class Pointers(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in "ids weights hidden arena slot_of plan workspace out".split()
+            for name in "ids weights hidden arena slot_of plan workspace counters out".split()
         ),
         *(
             (name, ctypes.c_uint64)
@@ -94,12 +94,14 @@ class SidaLayer:
         make: dict[str, Any] = dict(device=hidden.device, dtype=torch.uint8)
         self.plan_memory = torch.empty(library.expert_layer_plan_bytes(self.shape), **make)
         self.workspace = torch.empty(library.expert_layer_workspace_bytes(self.shape), **make)
+        self.counters = torch.zeros(library.expert_layer_counter_bytes(self.shape), **make)
         slot_of, arena = arena_of(up, down)
         self.kept = (ids, weights, hidden, slot_of, arena)
         addresses = (t.data_ptr() for t in (ids, weights, hidden, arena, slot_of, self.plan_memory))
         self.pointers = Pointers(
             *addresses,
             self.workspace.data_ptr(),
+            self.counters.data_ptr(),
             self.out.data_ptr(),
             up_bytes + down_bytes,
             up_bytes,
@@ -404,8 +406,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     library = ctypes.CDLL(options.library)
-    for function in (library.expert_layer_plan_bytes, library.expert_layer_workspace_bytes):
-        function.restype = ctypes.c_uint64
+    for memory in ("plan", "workspace", "counter"):
+        getattr(library, f"expert_layer_{memory}_bytes").restype = ctypes.c_uint64
     sys.path.insert(0, str(Path(__file__).parent))
     known = {}
     if options.tiles:

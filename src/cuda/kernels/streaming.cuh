@@ -8,6 +8,8 @@
 namespace sida::cuda {
 
 constexpr int streaming_threads = block_warps * 32;
+/// Output columns of a block of the down product with one stripe.
+constexpr int down_columns = 16;
 
 /// 16 bytes of weights, read once: past L1, which inputs need more.
 __device__ inline uint4 load_weights(const void* address) {
@@ -38,7 +40,7 @@ __device__ inline uint4 load_input(const void* address) {
 /// to 15 those beside it, so that both meet in one block. Rows and tokens past the end repeat
 /// the last one, and what they give is not stored.
 template <class Element, Phase phase, int stripes, int tiles>
-__global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product product) {
+__device__ __forceinline__ void stream_product(const Product& product) {
   using Task = ExpertProduct<Element, phase>;
   constexpr int batch = stripes == 1 ? 4 : 2;  // steps whose loads are under way together
   constexpr int stripe_outputs = Task::gated ? 8 : 16;
@@ -147,6 +149,11 @@ __global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product pr
       task.finish(row, index, split, sum, up);
     }
   }
+}
+
+template <class Element, Phase phase, int stripes, int tiles>
+__global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product product) {
+  stream_product<Element, phase, stripes, tiles>(product);
 }
 
 }  // namespace sida::cuda
