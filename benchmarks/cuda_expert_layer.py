@@ -123,18 +123,12 @@ class SidaLayer:
         return self.out
 
     def plan(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, offsets and order of a plan, as plan_at() lays them out."""
+        """Active experts, their count and the order of rows, as plan_at() lays them out."""
         self.enqueue(plan_only=True)
         experts, assignments = self.shape[3], self.shape[1] * self.shape[2]
         words = self.plan_memory.view(torch.int32)
-
-        def up4(count: int) -> int:
-            return (count + 3) // 4 * 4
-
-        at = 4 * experts + 8
-        counts = words[at : at + experts]
-        offsets = words[at + up4(experts) :][: experts + 1]
-        return counts, offsets, words[at + up4(experts) + up4(experts + 1) :][:assignments]
+        behind = 4 * experts + 8 + (experts + 3) // 4 * 4
+        return words[: 4 * experts], words[4 * experts :][:1], words[behind:][:assignments]
 
 
 _arenas: dict[int, tuple[Tensor, Tensor]] = {}

@@ -253,11 +253,11 @@ void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRo
   if (shape.experts < 1 || shape.experts > max_experts)
     throw std::invalid_argument("expert kernels: expected 1 to " + std::to_string(max_experts) +
                                 " experts, got " + std::to_string(shape.experts));
+  const int assignments = assignments_of(shape);
   const bool is_plain = !given.wide_ids && given.weights_type == Dtype::f32 && !given.keep;
-  if (!taken.ids && !is_plain)
+  if (assignments > 0 && !taken.ids && !is_plain)
     throw std::invalid_argument(
         "expert kernels: expected memory for the routing, or ids of i32 and weights of f32");
-  const int assignments = assignments_of(shape);
   if (assignments <= few_assignments) {
     few_kernel<<<1, 32, 0, stream>>>(shape, given, taken, plan);
   } else {
