@@ -26,7 +26,7 @@ from torch import Tensor
 VOCABULARY = 4096
 SKEW = 0.2
 ATTENTION, EXPERTS = 0.65, 4.0
-"""Gains of the last matrices of attention and experts, where an embedding's numbers have a deviation of one."""
+"""Gains of the last matrices of attention and experts; embeddings deviate by 1 from 0."""
 AGAIN, REACH = 0.35, 3
 """How often a token is one of the last ones again, and how many of them are meant."""
 
@@ -112,7 +112,7 @@ def make_decoder(shape: Shape, device: str) -> Any:
 
 
 def text(tokens: int, device: str) -> Tensor:
-    """Return [1, tokens] ids as frequent as the words of a text, some soon again; always the same."""
+    """Return [1, tokens] ids as frequent as a text's words, some soon again; always the same."""
     torch.manual_seed(0)
     often = 1 / torch.arange(1, VOCABULARY + 1).float()
     ids = torch.multinomial(often, tokens, replacement=True)
