@@ -38,8 +38,8 @@ def gpu_decoder_fewer(results: Results) -> str:
         return nothing()
     rows = []
     for shape, found in results[NAME]["shapes"].items():
-        own = found["resident"]["sida"]["median"]
         for share in _shares(found):
+            own = found[share]["resident"]["median"]
             for way, what in WAYS.items():
                 few = found[share][way]
                 rows.append(
