@@ -27,7 +27,7 @@ HASTY = tuple(
     f"--config-settings=cmake.define.{setting}"
     for setting in ("CMAKE_CXX_FLAGS_RELEASE=-O0", "CMAKE_UNITY_BUILD=ON")
 )
-"""Compiles in a third of the time: how fast the module is, is not looked at."""
+"""Compiles sooner: how fast the module is, is not looked at."""
 HEADERS = sorted(str(p.relative_to(ROOT / "include")) for p in ROOT.glob("include/sida/**/*.hpp"))
 
 
