@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoders on a GPU: a token at batch 1, and a prompt, with all and with fewer experts there.
 
-`R` is sida's own time with all experts resident, `M` the bytes that were moved at the rate of the
-link in this run. Peers run on the same weights in the same process, token by token in turns; every
-one has a cache of its own and reads the same tokens. Attention is torch's flash kernel for all. See
-decoder_models.py for what is random.
+`R` is the time of a handle with all experts resident, measured in the same turns as what is held
+against it, for the host's clock varies from minute to minute; `M` the bytes that were moved at the
+rate of the link in this run. Peers run on the same weights in the same process, token by token in
+turns; every one has a cache of its own and reads the same tokens. Attention is torch's flash kernel
+for all. See decoder_models.py for what is random.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ WARM = 24
 """Tokens that every candidate reads before those that count."""
 ROUND = 8
 """Tokens whose times are added: with few experts they differ much from one to the next."""
+WARM_ROUNDS = 4
+"""Rounds before those that count: by then the prompt's experts have made way for the tokens'."""
 BATCHED_BYTES = 40 << 30
 """batched_mm copies every token's experts: prompts for which that is more are left out."""
 TIMES_ACCELERATE = {"qwen3-30b": 40, "mixtral": 15}
@@ -117,49 +120,63 @@ def resident(
 
 
 def fewer(
-    handles: dict[str, sida.Offloaded], tokens: Tensor, own: float, peak: float, rounds: int
+    handles: dict[str, sida.Offloaded], tokens: Tensor, peak: float, rounds: int
 ) -> dict[str, Any]:
-    """Time tokens with and without look-ahead, in turns; seconds and bytes of a token."""
+    """Time tokens of all handles in turns, the one named `resident` being what bounds the others.
+
+    Returns seconds of a token, by handle; of those that move experts also the seconds that the link
+    needs for them, and how many times as long as its bound a token takes, by medians of the rounds.
+    """
     ways = {name: Decoding(off.model, tokens) for name, off in handles.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    moved: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 2):
+    moving: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(WARM_ROUNDS + rounds):
         for name, way in ways.items():
+            if turn == WARM_ROUNDS:
+                handles[name].reset_stats()
             before = handles[name].stats()["bytes_moved"]
             took = sum(way.token() for _ in range(ROUND))
-            if turn > 1:
+            if turn >= WARM_ROUNDS:
+                moved = handles[name].stats()["bytes_moved"] - before
                 seconds[name].append(took / ROUND)
-                moved[name].append((handles[name].stats()["bytes_moved"] - before) / ROUND)
-    figures: dict[str, Any] = {}
+                moving[name].append(moved / ROUND / peak)
+    figures: dict[str, Any] = {name: harness.summary(times) for name, times in seconds.items()}
     for name in ways:
-        moving = statistics.mean(moved[name]) / peak
-        found = {**harness.summary(seconds[name]), "moving": moving}
-        found["over_bound"] = statistics.mean(seconds[name]) / (own + moving)
-        stats = handles[name].stats()
+        if name == "resident":
+            continue
+        found, stats = figures[name], handles[name].stats()
+        found["moving"] = statistics.median(moving[name])
+        bound = figures["resident"]["median"] + found["moving"]
+        found["over_bound"] = found["median"] / bound
         found |= {"hit_rate": stats["hit_rate"], "foretold": stats["look_ahead"]["hit_rate"]}
-        figures[name] = found
     return figures
 
 
-def prompts(off: sida.Offloaded, tokens: Tensor, own: float, peak: float, turns: int) -> Any:
-    """Time a long prompt, each time another, with look-ahead."""
-    way = Decoding(off.model, tokens)
-    seconds, moving, first = [], [], []
+def prompts(
+    full: sida.Offloaded, off: sida.Offloaded, tokens: Tensor, peak: float, turns: int
+) -> dict[str, Any]:
+    """Time a long prompt, each time another, with all experts resident and with fewer, in turns."""
+    resident, way = Decoding(full.model, tokens), Decoding(off.model, tokens)
+    own, seconds, moving, first = [], [], [], []
     for turn in range(turns + 1):
         begin = turn * LONG_PROMPT % (tokens.shape[1] - LONG_PROMPT)
+        ids = tokens[:, begin : begin + LONG_PROMPT]
+        took_resident = resident.prompt(ids)
         off.reset_stats()
-        took = way.prompt(tokens[:, begin : begin + LONG_PROMPT])
+        took = way.prompt(ids)
         stats = off.stats()
         if turn:
+            own.append(took_resident)
             seconds.append(took)
             moving.append(stats["bytes_moved"] / peak)
             first.append(stats["layers"][0]["misses"] * stats["slot_bytes"] / peak)
-    bound = max(own, statistics.mean(moving)) + statistics.mean(first)
+    found = {"moving": statistics.median(moving), "first_layer": statistics.median(first)}
+    bound = max(statistics.median(own), found["moving"]) + found["first_layer"]
     return {
         **harness.summary(seconds),
-        "moving": statistics.mean(moving),
-        "first_layer": statistics.mean(first),
-        "over_bound": statistics.mean(seconds) / bound,
+        **found,
+        "resident": harness.summary(own),
+        "over_bound": statistics.median(seconds) / bound,
     }
 
 
@@ -249,6 +266,7 @@ def bring_all(off: sida.Offloaded, experts: int, top_k: int) -> None:
 
 def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
     """Return the figures of one shape."""
+    free_memory()  # of the shape before
     device, turns = options.device, options.repetitions
     peak = link_peak(device)
     tokens = text(8 * LONG_PROMPT, device)
@@ -259,40 +277,36 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
         "accelerate": accelerated(model, tokens, device),
     }
     free_memory()
-    off = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
+    full = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
     free_memory()
-    plain = sida.offload(copy.deepcopy(model), memory=0.25, device=device, predictor=False)
-    free_memory()
-    with off, plain:
-        top_k, slot = model.config.num_experts_per_tok, off.stats()["slot_bytes"]
-        bring_all(off, off.stats()["total_experts"] // shape.layers, top_k)
-        result["most_used_tenth"] = skew(off, tokens[:, :2048])
+    with full:
+        top_k, slot = model.config.num_experts_per_tok, full.stats()["slot_bytes"]
+        bring_all(full, full.stats()["total_experts"] // shape.layers, top_k)
+        result["most_used_tenth"] = skew(full, tokens[:, :2048])
         result["expert_bytes"], result["top_k"] = slot, top_k
         result["resident"], result["prompt_resident"] = resident(
-            off.model, model, tokens, turns, LONG_PROMPT * top_k * slot
+            full.model, model, tokens, turns, LONG_PROMPT * top_k * slot
         )
         hidden_size = model.config.hidden_size
-        ways = {"sida": Blocks(off.model, hidden_size, device, None)} | {
+        ways = {"sida": Blocks(full.model, hidden_size, device, None)} | {
             peer: Blocks(model, hidden_size, device, peer) for peer in ("grouped_mm", "batched_mm")
         }
         result["alone"] = blocks_alone(ways, shape.layers, turns)
-        own = result["resident"]["sida"]["median"]
-        own_prompt = result["prompt_resident"]["sida"]["median"]
-        for share in SHARES:
-            off.resize(share)
-            plain.resize(share)
-            for handle in (off, plain):  # fills the slots
-                handle.model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)
-                handle.reset_stats()
-            few: dict[str, Any] = fewer(
-                {"no_prediction": plain, "look_ahead": off},
-                tokens[:, LONG_PROMPT:],
-                own,
-                peak,
-                max(4, turns // 4),
-            )
-            few["prompt"] = prompts(off, tokens, own_prompt, peak, max(4, turns // 4))
-            result[f"{share:.0%}"] = few
+        del ways
+        look_ahead = sida.offload(copy.deepcopy(model), memory=0.25, device=device)
+        free_memory()
+        plain = sida.offload(model, memory=0.25, device=device, predictor=False)  # no peer is left
+        free_memory()
+        with look_ahead, plain:
+            rounds = max(4, turns // 2)
+            for share in SHARES:
+                for off in (look_ahead, plain):
+                    off.resize(share)
+                    off.model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)  # fills slots
+                handles = {"resident": full, "no_prediction": plain, "look_ahead": look_ahead}
+                few = fewer(handles, tokens[:, LONG_PROMPT:], peak, rounds)
+                few["prompt"] = prompts(full, look_ahead, tokens, peak, rounds)
+                result[f"{share:.0%}"] = few
     result["targets"] = targets(name, result)
     return result
 
@@ -380,7 +394,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    # cuDNN's attention, torch's first choice on Hopper, makes a new plan for each new length, 3 ms a
+    # cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length, 3 ms a
     # layer: whoever reads a length first would pay for all who read it later.
     torch.backends.cuda.enable_cudnn_sdp(False)
     options.anyway = True  # a shared host's clock varies, and what is recorded says how much

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Switch-base encoders on a GPU with all and with fewer experts there, and the peers beside them.
 
-Random weights in bfloat16, tokens with the skew of text. `R` is sida's own time with all experts
-resident, `M` the bytes that were moved at the rate of the link in this run; Belady's bytes are the
-fewest that any eviction moves on the recorded routing. A GPU's load is not in the kernel's counts:
-what shares it must be looked after by whoever runs this.
+Random weights in bfloat16, tokens with the skew of text. `R` is the time of a handle with all
+experts resident, in the same turns as what is held against it, for the host's clock varies from
+minute to minute; `M` the bytes that were moved at the rate of the link in this run; Belady's bytes
+are the fewest that any eviction moves on the recorded routing. A GPU's load is not in the kernel's
+counts: what shares it must be looked after by whoever runs this.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SHARES = (1.0, 0.5, 0.2, 0.1)
 BATCHES = 8
 """Different ones, in turns."""
 TURNS = 2
-"""Of fewer experts without tables and with them."""
+"""Of all experts, and of fewer without tables and with them."""
 AT_LEAST = {
     # sentences x tokens: all resident against Hugging Face; at 20 % against accelerate with the
     # recorded table and without, and against Hugging Face with everything resident
@@ -158,16 +159,16 @@ def resident(ours: Any, model: Any, batches: list[Tensor], turns: int) -> dict[s
     )
 
 
-def fewer(
-    plain: sida.Offloaded, foretold: sida.Offloaded, batches: list[Tensor], rounds: int
-) -> dict[str, Any]:
-    """Time batch after batch without tables, and by map() with the recorded ones, in turns.
+def fewer(models: dict[str, Any], batches: list[Tensor], rounds: int) -> dict[str, Any]:
+    """Time batches with all experts, and with fewer without tables and by map() with recorded ones.
 
-    A turn is a walk through `rounds` rounds of all batches after one that does not count; `map()`
-    takes them as one sequence, so that tables reach beyond a round's end. Returns seconds and
-    bytes of a batch, over rounds.
+    They take turns. A turn is a walk through `rounds` rounds of all batches after one that does not
+    count; `map()` takes them as one sequence, so that tables reach beyond a round's end. Returns
+    seconds and bytes of a batch, over rounds.
     """
+    full, plain, foretold = models["full"], models["plain"], models["foretold"]
     runs: dict[str, tuple[sida.Offloaded, Callable[[], Iterable[object]]]] = {
+        "resident": (full, lambda: (full.model(batch) for batch in batches * (rounds + 1))),
         "no_tables": (plain, lambda: (plain.model(batch) for batch in batches * (rounds + 1))),
         "recorded": (foretold, lambda: foretold.map(batches * (rounds + 1))),
     }
@@ -219,24 +220,22 @@ def measure_shape(
     shape: tuple[int, int], models: dict[str, Any], batches: list[Tensor], options: Any, peak: float
 ) -> dict[str, Any]:
     """Return the figures of batches of one shape."""
-    plain, foretold, table = models["plain"], models["foretold"], models["tables"][shape]
+    full, table = models["full"], models["tables"][shape]
     result: dict[str, Any] = {}
     for share in SHARES:
         if share == 1.0:
-            plain.resize(1.0)
             result["resident"] = resident(
-                plain.model, models["hugging_face"], batches, options.repetitions
+                full.model, models["hugging_face"], batches, options.repetitions
             )
-            plain.resize(SHARES[-1])  # leaves the GPU's memory to the others
             continue
-        for off in (plain, foretold):
+        for off in (models["plain"], models["foretold"]):
             off.resize(share)
         rounds = max(2, options.repetitions // BATCHES)
-        own = result["resident"]["sida"]["median"]
-        figures = fewer(plain, foretold, batches, rounds)
-        slot = plain.stats()["slot_bytes"]
-        fewest = belady_bytes(table, share, options.experts, slot)
-        for name, times in figures.items():
+        figures = fewer(models, batches, rounds)
+        own = figures["resident"]["median"]
+        fewest = belady_bytes(table, share, options.experts, full.stats()["slot_bytes"])
+        for name in ("no_tables", "recorded"):
+            times = figures[name]
             times["moving"] = times["bytes"] / peak
             bound = max(own, times["moving"]) if name == "recorded" else own + times["moving"]
             times["bound"] = bound
@@ -343,16 +342,17 @@ def measure(options: Any) -> dict[str, Any]:
         "hugging_face": original,
         "accelerate": {share: accelerated(original, share) for share in (0.2, 0.0)},
     }
-    plain = sida.offload(copy.deepcopy(original), memory=1.0, device="cuda")
-    tables = {shape: record(plain, batches[shape]) for shape in shapes}
+    full = sida.offload(copy.deepcopy(original), memory=1.0, device="cuda")
+    tables = {shape: record(full, batches[shape]) for shape in shapes}
+    plain = sida.offload(copy.deepcopy(original), memory=SHARES[-1], device="cuda")
     foretold = sida.offload(
         copy.deepcopy(original),
         memory=SHARES[-1],
         device="cuda",
         predictor=joined(list(tables.values())),
     )
-    models |= {"plain": plain, "foretold": foretold, "tables": tables}
-    with plain, foretold:
+    models |= {"full": full, "plain": plain, "foretold": foretold, "tables": tables}
+    with full, plain, foretold:
         found = {
             _name(shape): measure_shape(shape, models, batches[shape], options, peak)
             for shape in shapes

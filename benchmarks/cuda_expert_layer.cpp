@@ -39,6 +39,7 @@ struct ExpertLayerPointers {
   const std::int32_t* slot_of;
   std::byte* plan;
   std::byte* workspace;
+  std::byte* counters;
   void* out;
   std::uint64_t stride, down_offset, up_bias_offset, down_bias_offset;
 };
@@ -51,16 +52,26 @@ std::uint64_t expert_layer_workspace_bytes(const int* shape) {
   return cuda::workspace_bytes(shape_of(shape));
 }
 
+std::uint64_t expert_layer_counter_bytes(const int* shape) {
+  return cuda::few_bytes(shape_of(shape));
+}
+
 /// Enqueues a layer; with `plan_only` its plan. 0, or 1 after an error, which is printed.
 int expert_layer(const int* values, const ExpertLayerPointers* at, int plan_only,
                  cuda::Stream stream) {
   try {
     const cuda::LayerShape shape = shape_of(values);
     const cuda::Plan plan = cuda::plan_at(shape, at->plan);
-    cuda::make_plan(shape, at->ids, false, at->weights, plan, stream);
-    if (plan_only) return 0;
+    const cuda::GivenRouting given{at->ids, false, at->weights};
     const cuda::ExpertSlabs slabs{at->arena,       at->stride,         at->slot_of,         0,
                                   at->down_offset, at->up_bias_offset, at->down_bias_offset};
+    if (cuda::is_few(shape) && !plan_only) {
+      cuda::compute_few(shape, given, {}, at->hidden, slabs, at->workspace, at->counters, at->out,
+                        stream);
+      return 0;
+    }
+    cuda::make_plan(shape, given, {}, plan, stream);
+    if (plan_only) return 0;
     cuda::compute_experts(shape, plan, at->hidden, slabs, at->workspace, stream);
     cuda::combine(shape, plan, at->weights, at->workspace, at->out, stream);
     return 0;

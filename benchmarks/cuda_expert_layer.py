@@ -57,7 +57,7 @@ class Pointers(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in "ids weights hidden arena slot_of plan workspace out".split()
+            for name in "ids weights hidden arena slot_of plan workspace counters out".split()
         ),
         *(
             (name, ctypes.c_uint64)
@@ -94,12 +94,14 @@ class SidaLayer:
         make: dict[str, Any] = dict(device=hidden.device, dtype=torch.uint8)
         self.plan_memory = torch.empty(library.expert_layer_plan_bytes(self.shape), **make)
         self.workspace = torch.empty(library.expert_layer_workspace_bytes(self.shape), **make)
+        self.counters = torch.zeros(library.expert_layer_counter_bytes(self.shape), **make)
         slot_of, arena = arena_of(up, down)
         self.kept = (ids, weights, hidden, slot_of, arena)
         addresses = (t.data_ptr() for t in (ids, weights, hidden, arena, slot_of, self.plan_memory))
         self.pointers = Pointers(
             *addresses,
             self.workspace.data_ptr(),
+            self.counters.data_ptr(),
             self.out.data_ptr(),
             up_bytes + down_bytes,
             up_bytes,
@@ -121,18 +123,12 @@ class SidaLayer:
         return self.out
 
     def plan(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, offsets and order of a plan, as plan_at() lays them out."""
+        """Active experts, their count and the order of rows, as plan_at() lays them out."""
         self.enqueue(plan_only=True)
         experts, assignments = self.shape[3], self.shape[1] * self.shape[2]
         words = self.plan_memory.view(torch.int32)
-
-        def up4(count: int) -> int:
-            return (count + 3) // 4 * 4
-
-        at = 4 * experts + 8
-        counts = words[at : at + experts]
-        offsets = words[at + up4(experts) :][: experts + 1]
-        return counts, offsets, words[at + up4(experts) + up4(experts + 1) :][:assignments]
+        behind = 4 * experts + 8 + (experts + 3) // 4 * 4
+        return words[: 4 * experts], words[4 * experts :][:1], words[behind:][:assignments]
 
 
 _arenas: dict[int, tuple[Tensor, Tensor]] = {}
@@ -404,8 +400,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     library = ctypes.CDLL(options.library)
-    for function in (library.expert_layer_plan_bytes, library.expert_layer_workspace_bytes):
-        function.restype = ctypes.c_uint64
+    for memory in ("plan", "workspace", "counter"):
+        getattr(library, f"expert_layer_{memory}_bytes").restype = ctypes.c_uint64
     sys.path.insert(0, str(Path(__file__).parent))
     known = {}
     if options.tiles:

@@ -43,8 +43,8 @@ def options_for(rows: float) -> list[tuple[int, ...]]:
 # A kernel's parameters are Triton's, which have no types in Python.
 @triton.jit  # type: ignore[untyped-decorator]
 def _pad_rows(  # type: ignore[no-untyped-def]
-    counts,
-    offsets,
+    active,
+    active_count,
     order,
     rows,
     experts,
@@ -53,22 +53,24 @@ def _pad_rows(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """One program an expert: its rows into whole tiles of `rows`, its tiles into `experts`."""
-    expert = tl.program_id(0)
+    """One program an active expert: its rows into whole tiles, the tiles into `experts`."""
+    index = tl.program_id(0)
+    total = tl.load(active_count)
     every = tl.arange(0, E)
-    tiles = (tl.load(counts + every) + BLOCK - 1) // BLOCK
-    first = tl.sum(tl.where(every < expert, tiles, 0))
-    count = tl.load(counts + expert)
-    mine = (count + BLOCK - 1) // BLOCK
-    if expert == 0:
+    tiles = (tl.load(active + 4 * every + 2, mask=every < total, other=0) + BLOCK - 1) // BLOCK
+    first = tl.sum(tl.where(every < index, tiles, 0))
+    if index == 0:
         tl.store(padded, tl.sum(tiles) * BLOCK)
-    begin = tl.load(offsets + expert)
-    lane = tl.arange(0, BLOCK)
-    for tile in range(mine):
-        row = tile * BLOCK + lane
-        value = tl.load(order + begin + row, mask=row < count, other=SIZE)
-        tl.store(rows + (first + tile) * BLOCK + lane, value)
-        tl.store(experts + first + tile, expert)
+    if index < total:
+        expert = tl.load(active + 4 * index)
+        begin = tl.load(active + 4 * index + 1)
+        count = tl.load(active + 4 * index + 2)
+        lane = tl.arange(0, BLOCK)
+        for tile in range((count + BLOCK - 1) // BLOCK):
+            row = tile * BLOCK + lane
+            value = tl.load(order + begin + row, mask=row < count, other=SIZE)
+            tl.store(rows + (first + tile) * BLOCK + lane, value)
+            tl.store(experts + first + tile, expert)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -101,7 +103,7 @@ def _sum_choices(  # type: ignore[no-untyped-def]
 
 
 class TritonLayer:
-    """One layer; `plan` enqueues the grouping of rows and gives counts, offsets and order."""
+    """One layer; `plan` enqueues the grouping of rows and gives active experts, count and order."""
 
     def __init__(
         self,
@@ -141,9 +143,9 @@ class TritonLayer:
                 self.padded_alone[size] = torch.full_like(self.padded, size)
             padded = self.padded_alone[size]
         else:
-            counts, offsets, order = self.plan()
+            active, active_count, order = self.plan()
             _pad_rows[(self.experts,)](
-                counts, offsets, order, self.rows, self.tile_experts, self.padded,
+                active, active_count, order, self.rows, self.tile_experts, self.padded,
                 E=self.experts, BLOCK=tile[0], SIZE=count,
             )  # fmt: skip
             rows, tile_experts, padded = self.rows, self.tile_experts, self.padded

@@ -37,8 +37,13 @@ class ExpertFfn<CudaBackend>::Call {
         stream_(backend.make_stream()),
         waited_(backend.make_event()),
         slots_(backend, slot_bytes()),
+        counters_(backend, cuda::few_bytes(shape_)),
         uploads_(backend),
-        log_(backend, config.experts) {}
+        log_(backend, config.experts) {
+    std::fill_n(uploads_.next(counters_.size()), counters_.size(), std::byte{0});
+    uploads_.send(counters_.data(), counters_.size(), stream_);
+    backend_.synchronize(backend_.fence(stream_));  // whichever stream the calls go on
+  }
   ~Call() {
     try {
       abandon();
@@ -56,7 +61,8 @@ class ExpertFfn<CudaBackend>::Call {
   CUstream_st* stream() const noexcept { return stream_.native(); }
   const MoeConfig& config() const noexcept { return config_; }
   std::size_t workspace_bytes() const noexcept {
-    return plan_.size() + routing_.size() + keep_.size() + workspace_.size() + slots_.size();
+    return plan_.size() + routing_.size() + keep_.size() + workspace_.size() + slots_.size() +
+           counters_.size();
   }
   void settle() { log_.settle(); }
 
@@ -72,12 +78,12 @@ class ExpertFfn<CudaBackend>::Call {
     reserve(workspace_, cuda::workspace_bytes(shape_));
     reserve(plan_, cuda::plan_bytes(shape_));
     reserve(routing_, 2 * assignments() * sizeof(float));
+    is_planned_ = false;
+    few_ = nullptr;
     if (routing.is_foretold)
       upload(routing);
     else
       take(routing);
-    cuda::launched(
-        [&] { cuda::make_plan(shape_, ids(), false, weights(), plan(), stream_.native()); });
   }
 
   const std::vector<std::int32_t>& experts() {
@@ -86,20 +92,17 @@ class ExpertFfn<CudaBackend>::Call {
       experts_ = active_experts(entry_->routed());
       return experts_;
     }
-    experts_.clear();
-    if (shape_.tokens == 0) return experts_;
-    const auto count = static_cast<std::size_t>(config_.experts);
-    backend_.copy_async(entry_->counts(), plan().counts, (count + 1) * sizeof(std::int32_t),
-                        stream_);
+    make_plan();
     backend_.record(waited_, stream_);
     backend_.synchronize(waited_);
-    if (entry_->counts()[count] != 0) {  // ids that are no expert's
-      const cuda::RoutingLog::Entry& entry = *entry_;
-      abandon();
+    const cuda::RoutingLog::Entry& entry = *entry_;
+    try {
       log_.expect_experts(entry);
+    } catch (...) {
+      abandon();
+      throw;
     }
-    for (std::int32_t e = 0; e < config_.experts; ++e)
-      if (entry_->counts()[e] > 0) experts_.push_back(e);
+    experts_ = active_experts(entry.routed());
     return experts_;
   }
   std::vector<std::uint8_t> counted() const { return sida::counted(entry_->routed(), experts_); }
@@ -107,6 +110,7 @@ class ExpertFfn<CudaBackend>::Call {
   void compute(std::span<const ExpertTask> tasks) {
     expect_call("compute");
     if (tasks.empty()) return;
+    make_plan();
     const std::byte* arena = slab_of(tasks.front());
     for (const ExpertTask& task : tasks) arena = std::min(arena, slab_of(task));
     auto* const slot_of = reinterpret_cast<std::int32_t*>(uploads_.next(slot_bytes()));
@@ -139,6 +143,11 @@ class ExpertFfn<CudaBackend>::Call {
   }
   void compute(const KeptExperts<CudaBackend>& kept) {
     expect_call("compute");
+    if (cuda::is_few(shape_)) {
+      few_ = &kept;  // computed by combine(), which knows where to
+      return;
+    }
+    make_plan();
     const cuda::DeviceScope scope(backend_.device());
     launch_experts(kept.arena, kept.slots);
   }
@@ -146,15 +155,37 @@ class ExpertFfn<CudaBackend>::Call {
   void combine(const TensorView& out) {
     expect_call("combine");
     expect_tokens(out, shape_.tokens, "out");
-    const cuda::DeviceScope scope(backend_.device());
-    cuda::launched([&] {
-      cuda::combine(shape_, plan(), weights(), workspace_.data(), out.data, stream_.native());
-    });
+    if (few_)
+      compute_few(out);
+    else
+      combine_results(out);
     finish(false);
   }
 
  private:
   static constexpr std::int64_t max_assignments = std::int64_t{1} << 24;
+
+  void combine_results(const TensorView& out) {
+    make_plan();  // of a call without experts
+    const cuda::DeviceScope scope(backend_.device());
+    cuda::launched([&] {
+      cuda::combine(shape_, plan(), weights(), workspace_.data(), out.data, stream_.native());
+    });
+  }
+  void compute_few(const TensorView& out) {
+    const cuda::DeviceScope scope(backend_.device());
+    cuda::launched([&] {
+      cuda::compute_few(shape_, given_, taken_, hidden_, slabs_at(few_->arena, few_->slots),
+                        workspace_.data(), counters_.data(), out.data, stream_.native());
+    });
+  }
+
+  // Once for a call, as soon as something needs it.
+  void make_plan() {
+    if (std::exchange(is_planned_, true)) return;
+    const cuda::DeviceScope scope(backend_.device());
+    cuda::launched([&] { cuda::make_plan(shape_, given_, taken_, plan(), stream_.native()); });
+  }
 
   // The call is over: what comes later on the stream may reuse the buffers.
   void finish(bool dropped) {
@@ -172,23 +203,20 @@ class ExpertFfn<CudaBackend>::Call {
     memory = Buffer<CudaBackend>(backend_, bytes);
   }
 
-  // The caller's routing in one form, for the kernels and in the log.
   void take(const Routing& routing) {
-    cuda::GivenRouting given{routing.ids.data, routing.ids.type == DataType::i64,
-                             routing.weights.data, cuda::kernel_type(routing.weights.type)};
-    if (routing.skip_padding && !routing.mask.empty()) {
-      reserve(keep_, routing.mask.size());
-      std::byte* const mask = uploads_.next(routing.mask.size());
-      std::ranges::copy(std::as_bytes(routing.mask), mask);
-      uploads_.send(keep_.data(), routing.mask.size(), stream_);
-      given.keep = reinterpret_cast<const std::uint8_t*>(keep_.data());
-    }
-    cuda::launched([&] {
-      cuda::take_routing(shape_, given, {ids(), weights(), entry_->ids(), entry_->weights()},
-                         stream_.native());
-    });
+    given_ = {routing.ids.data, routing.ids.type == DataType::i64, routing.weights.data,
+              cuda::kernel_type(routing.weights.type)};
+    taken_ = {ids(), weights(), entry_->ids(), entry_->weights()};
+    if (!routing.skip_padding || routing.mask.empty()) return;
+    reserve(keep_, routing.mask.size());
+    std::byte* const mask = uploads_.next(routing.mask.size());
+    std::ranges::copy(std::as_bytes(routing.mask), mask);
+    uploads_.send(keep_.data(), routing.mask.size(), stream_);
+    given_.keep = reinterpret_cast<const std::uint8_t*>(keep_.data());
   }
   void upload(const Routing& routing) {
+    given_ = {ids(), false, weights()};
+    taken_ = {};
     if (shape_.tokens == 0) return;
     const std::size_t bytes = 2 * assignments() * sizeof(float);
     auto* const to = reinterpret_cast<std::int32_t*>(uploads_.next(bytes));
@@ -206,16 +234,19 @@ class ExpertFfn<CudaBackend>::Call {
   }
 
   void launch_experts(const std::byte* arena, const Buffer<CudaBackend>& slots) {
-    const cuda::ExpertSlabs slabs{arena,
-                                  layout_.slab_bytes,
-                                  reinterpret_cast<const std::int32_t*>(slots.data()),
-                                  layout_.up_offset,
-                                  layout_.down_offset,
-                                  layout_.up_bias_offset,
-                                  layout_.down_bias_offset};
     cuda::launched([&] {
-      cuda::compute_experts(shape_, plan(), hidden_, slabs, workspace_.data(), stream_.native());
+      cuda::compute_experts(shape_, plan(), hidden_, slabs_at(arena, slots), workspace_.data(),
+                            stream_.native());
     });
+  }
+  cuda::ExpertSlabs slabs_at(const std::byte* arena, const Buffer<CudaBackend>& slots) const {
+    return {arena,
+            layout_.slab_bytes,
+            reinterpret_cast<const std::int32_t*>(slots.data()),
+            layout_.up_offset,
+            layout_.down_offset,
+            layout_.up_bias_offset,
+            layout_.down_bias_offset};
   }
 
   std::size_t assignments() const noexcept {
@@ -285,11 +316,15 @@ class ExpertFfn<CudaBackend>::Call {
   CudaBackend::Stream stream_;
   CudaBackend::Event waited_;
   CudaBackend::Event* last_ = nullptr;  // behind the latest call that is over
-  Buffer<CudaBackend> plan_, routing_, keep_, workspace_, slots_;
+  Buffer<CudaBackend> plan_, routing_, keep_, workspace_, slots_, counters_;
   cuda::PinnedRing uploads_;
   cuda::RoutingLog log_;
   cuda::RoutingLog::Entry* entry_ = nullptr;  // of the call at hand
   const std::byte* hidden_ = nullptr;
+  cuda::GivenRouting given_;
+  cuda::TakenRouting taken_;
+  const KeptExperts<CudaBackend>* few_ = nullptr;  // what a call of few assignments goes to, whole
+  bool is_planned_ = false;
   std::vector<std::int32_t> experts_;
   bool is_foretold_ = false;
 };

@@ -29,8 +29,6 @@ class RoutingLog {
    public:
     std::int32_t* ids() const { return reinterpret_cast<std::int32_t*>(memory_.data()); }
     float* weights() const { return reinterpret_cast<float*>(ids() + assignments_); }
-    /// [E + 1] further integers.
-    std::int32_t* counts() const { return ids() + 2 * assignments_; }
     /// To be read when the GPU has written them.
     RoutedTokens routed() const {
       return {tokens_, top_k_, {ids(), assignments_}, {weights(), assignments_}, mask_};
@@ -79,8 +77,7 @@ class RoutingLog {
     entry.assignments_ = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
     entry.mask_.assign(mask.begin(), mask.end());
     entry.account_ = std::move(account);
-    const std::size_t bytes =
-        (2 * entry.assignments_ + static_cast<std::size_t>(experts_) + 1) * sizeof(float);
+    const std::size_t bytes = 2 * entry.assignments_ * sizeof(float);
     if (entry.memory_.size() < bytes) {
       entry.memory_ = {};
       entry.memory_ = PinnedBuffer(backend_, std::max<std::size_t>(2 * bytes, 4096));

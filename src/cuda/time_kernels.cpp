@@ -138,6 +138,7 @@ class MeasuredLayer {
     out_ = buffer(hidden);
     plan_ = buffer(cuda::plan_bytes(shape_));
     workspace_ = buffer(workspace);
+    counters_ = buffer(cuda::few_bytes(shape_));
     cold_ = buffer(cold_bytes);
     sink_ = buffer(sizeof(unsigned));
   }
@@ -157,6 +158,7 @@ class MeasuredLayer {
     std::iota(slots.begin(), slots.end(), 0);
     std::ranges::shuffle(slots, random_);
     send(slots_, slots);
+    send(counters_, std::vector<std::byte>(counters_.size()));
     send(weights_, std::vector<float>(weights_.size() / sizeof(float),
                                       1.0f / static_cast<float>(shape_.top_k)));
   }
@@ -179,7 +181,11 @@ class MeasuredLayer {
     const auto* weights = reinterpret_cast<const float*>(weights_.data());
     cudaStream_t stream = stream_.native();
     cuda::launched([&] {
-      cuda::make_plan(shape, ids_.data(), false, weights, plan, stream);
+      const cuda::GivenRouting given{ids_.data(), false, weights};
+      if (cuda::is_few(shape))
+        return cuda::compute_few(shape, given, {}, hidden_.data(), slabs, workspace_.data(),
+                                 counters_.data(), out_.data(), stream);
+      cuda::make_plan(shape, given, {}, plan, stream);
       cuda::compute_experts(shape, plan, hidden_.data(), slabs, workspace_.data(), stream);
       cuda::combine(shape, plan, weights, workspace_.data(), out_.data(), stream);
     });
@@ -192,8 +198,8 @@ class MeasuredLayer {
   Event begin_, end_;
   std::mt19937 random_;
   std::vector<cuda::Kernel> kernels_;
-  Buffer<CudaBackend> arena_, slots_, ids_, weights_, hidden_, out_, plan_, workspace_, cold_,
-      sink_;
+  Buffer<CudaBackend> arena_, slots_, ids_, weights_, hidden_, out_, plan_, workspace_, counters_,
+      cold_, sink_;
 };
 
 struct Candidate {

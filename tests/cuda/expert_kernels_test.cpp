@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <random>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.hpp"
@@ -71,6 +73,33 @@ Input random_input(const MoeConfig& config, std::int64_t tokens, std::uint32_t s
   return input;
 }
 
+/// Plan, scratch, counters and result of one call, NaN before it but for the counters; and its
+/// routing, taken into one form.
+struct CallMemory {
+  CallMemory(const cuda::LayerShape& shape, const Input& input) {
+    hidden.fill(input.hidden.bytes);
+    ids.fill(input.ids.bytes);
+    weights.fill(input.weights.bytes);
+    plan_memory.poison(cuda::plan_bytes(shape));
+    workspace.poison(cuda::workspace_bytes(shape));
+    counters.fill(std::vector<std::byte>(cuda::few_bytes(shape)));
+    const auto assignments = static_cast<std::size_t>(input.ids.elements());
+    taken_ids.poison(assignments * 4);
+    taken_weights.poison(assignments * 4);
+    out.poison(input.hidden.bytes.size());
+    plan = cuda::plan_at(shape, plan_memory.data());
+    given = {ids.data(), input.ids.type == DataType::i64, weights.data()};
+    taken = {reinterpret_cast<std::int32_t*>(taken_ids.data()),
+             reinterpret_cast<float*>(taken_weights.data())};
+  }
+
+  DeviceBuffer hidden, ids, weights, plan_memory, workspace, counters, taken_ids, taken_weights,
+      out;
+  cuda::Plan plan;
+  cuda::GivenRouting given;
+  cuda::TakenRouting taken;
+};
+
 /// One layer on the GPU. The arena has three slots that hold no expert, full of NaN, and experts
 /// lie in the others in reverse order; plan, scratch and result are NaN before each call.
 class GpuLayer {
@@ -91,67 +120,71 @@ class GpuLayer {
   /// Calls with the experts divided over `waves` calls of compute_experts().
   Tensor run(const Input& input, std::int32_t waves = 1) {
     const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
-    DeviceBuffer hidden, ids, weights, plan_memory, workspace, out, slots;
-    hidden.fill(input.hidden.bytes);
-    ids.fill(input.ids.bytes);
-    weights.fill(input.weights.bytes);
-    plan_memory.poison(cuda::plan_bytes(shape));
-    workspace.poison(cuda::workspace_bytes(shape));
-    out.poison(input.hidden.bytes.size());
-    const cuda::Plan plan = cuda::plan_at(shape, plan_memory.data());
-    const auto* scales = reinterpret_cast<const float*>(weights.data());
-    cuda::make_plan(shape, ids.data(), input.ids.type == DataType::i64, scales, plan, nullptr);
+    CallMemory call(shape, input);
+    DeviceBuffer slots;
+    cuda::make_plan(shape, call.given, call.taken, call.plan, nullptr);
     for (std::int32_t wave = 0; wave < waves; ++wave) {
       slots.fill(bytes_of(slots_of(wave, waves)));
-      cuda::compute_experts(shape, plan, hidden.data(), slabs_in(slots), workspace.data(), nullptr);
+      cuda::compute_experts(shape, call.plan, call.hidden.data(), slabs_in(slots),
+                            call.workspace.data(), nullptr);
       synchronize();
     }
-    cuda::combine(shape, plan, scales, workspace.data(), out.data(), nullptr);
+    cuda::combine(shape, call.plan, call.taken.weights, call.workspace.data(), call.out.data(),
+                  nullptr);
     synchronize();
-    std::int32_t invalid = 0;
-    copy_to_host(&invalid, plan.invalid, sizeof(invalid));
-    invalid_ = invalid;
-    Tensor result(input.hidden.shape, config_.dtype);
-    copy_to_host(result.bytes.data(), out.data(), result.bytes.size());
-    return result;
+    copy_to_host(&invalid_, call.plan.invalid, sizeof(invalid_));
+    return result_of(call, input);
+  }
+
+  /// The same as one call of compute_few(), `calls` times on the same memory.
+  Tensor run_few(const Input& input, int calls = 1) {
+    const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
+    CallMemory call(shape, input);
+    DeviceBuffer slots;
+    slots.fill(bytes_of(slots_of(0, 1)));
+    for (int i = 0; i < calls; ++i) {
+      call.out.poison(input.hidden.bytes.size());
+      cuda::compute_few(shape, call.given, {}, call.hidden.data(), slabs_in(slots),
+                        call.workspace.data(), call.counters.data(), call.out.data(), nullptr);
+      synchronize();
+    }
+    return result_of(call, input);
   }
 
   /// Captures a call with `input` into a graph and replays it with the numbers of `other`.
   Tensor replay(const Input& input, const Input& other) {
     const cuda::LayerShape shape = shape_of(config_, input.hidden.shape[0], kernel_);
-    DeviceBuffer hidden, ids, weights, plan_memory, workspace, out, slots;
-    hidden.fill(input.hidden.bytes);
-    ids.fill(input.ids.bytes);
-    weights.fill(input.weights.bytes);
+    CallMemory call(shape, input);
+    DeviceBuffer slots;
     slots.fill(bytes_of(slots_of(0, 1)));
-    plan_memory.poison(cuda::plan_bytes(shape));
-    workspace.poison(cuda::workspace_bytes(shape));
-    out.poison(input.hidden.bytes.size());
-    const cuda::Plan plan = cuda::plan_at(shape, plan_memory.data());
-    const auto* scales = reinterpret_cast<const float*>(weights.data());
     cudaStream_t stream = nullptr;
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t replayed = nullptr;
     check_cuda(cudaStreamCreate(&stream));
     check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    cuda::make_plan(shape, ids.data(), input.ids.type == DataType::i64, scales, plan, stream);
-    cuda::compute_experts(shape, plan, hidden.data(), slabs_in(slots), workspace.data(), stream);
-    cuda::combine(shape, plan, scales, workspace.data(), out.data(), stream);
+    if (cuda::is_few(shape)) {
+      cuda::compute_few(shape, call.given, {}, call.hidden.data(), slabs_in(slots),
+                        call.workspace.data(), call.counters.data(), call.out.data(), stream);
+    } else {
+      cuda::make_plan(shape, call.given, call.taken, call.plan, stream);
+      cuda::compute_experts(shape, call.plan, call.hidden.data(), slabs_in(slots),
+                            call.workspace.data(), stream);
+      cuda::combine(shape, call.plan, call.taken.weights, call.workspace.data(), call.out.data(),
+                    stream);
+    }
     check_cuda(cudaStreamEndCapture(stream, &graph));
     check_cuda(cudaGraphInstantiate(&replayed, graph, 0));
     check_cuda(cudaGraphLaunch(replayed, stream));
     synchronize();
-    copy_to_device(hidden.data(), other.hidden.bytes);
-    copy_to_device(ids.data(), other.ids.bytes);
-    copy_to_device(weights.data(), other.weights.bytes);
+    copy_to_device(call.hidden.data(), other.hidden.bytes);
+    copy_to_device(call.ids.data(), other.ids.bytes);
+    copy_to_device(call.weights.data(), other.weights.bytes);
     check_cuda(cudaGraphLaunch(replayed, stream));
     synchronize();
-    Tensor result(input.hidden.shape, config_.dtype);
-    copy_to_host(result.bytes.data(), out.data(), result.bytes.size());
     check_cuda(cudaGraphExecDestroy(replayed));
     check_cuda(cudaGraphDestroy(graph));
     check_cuda(cudaStreamDestroy(stream));
-    return result;
+    return result_of(call, input);
   }
 
   /// Ids that were out of range in the last call.
@@ -165,6 +198,12 @@ class GpuLayer {
     for (std::int32_t e = 0; e < config_.experts; ++e)
       slots.push_back(e % waves == wave ? slot_of(e) : -1);
     return slots;
+  }
+
+  Tensor result_of(const CallMemory& call, const Input& input) const {
+    Tensor result(input.hidden.shape, config_.dtype);
+    copy_to_host(result.bytes.data(), call.out.data(), result.bytes.size());
+    return result;
   }
 
   static std::vector<std::byte> bytes_of(const std::vector<std::int32_t>& values) {
@@ -215,13 +254,9 @@ TEST_CASE("a plan is the CPU's grouping of tokens") {
 
   const TokenGroups expected = group_tokens(input.ids.view(), input.weights.view(), experts);
   const cuda::LayerShape shape = shape_of(config, tokens);
-  DeviceBuffer ids, weights, memory;
-  ids.fill(input.ids.bytes);
-  weights.fill(input.weights.bytes);
-  memory.poison(cuda::plan_bytes(shape));
-  const cuda::Plan plan = cuda::plan_at(shape, memory.data());
-  cuda::make_plan(shape, ids.data(), input.ids.type == DataType::i64,
-                  reinterpret_cast<const float*>(weights.data()), plan, nullptr);
+  const CallMemory call(shape, input);
+  const cuda::Plan& plan = call.plan;
+  cuda::make_plan(shape, call.given, call.taken, plan, nullptr);
   synchronize();
 
   const auto assignments = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
@@ -397,6 +432,44 @@ TEST_CASE("bits depend neither on the run nor on how experts are divided over ca
   CHECK(layer.run(input, 16).bytes == once.bytes);
 }
 
+TEST_CASE("a call of few assignments gives the bits of its parts, call after call", "[racecheck]") {
+  if (!gpu_found()) return;
+  const auto dtype = GENERATE(DataType::f16, DataType::bf16);
+  const auto top_k = GENERATE(1, 4, 8);
+  const auto tokens = GENERATE(1, 2, 4);
+  const auto biases = GENERATE(false, true);
+  // The down product of the first is split, of the others not; not all rows are multiples of 16.
+  const auto [hidden, intermediate] = GENERATE(std::pair(256, 3072), std::pair(72, 40));
+  const MoeConfig config =
+      config_of(dtype, 12, top_k, hidden, intermediate, biases, Activation::silu, biases);
+  Input input = random_input(config, tokens, 51, tokens == 2 ? DataType::i32 : DataType::i64);
+  GpuLayer layer(config, random_slabs(config, 5), cuda::Kernel::narrow);
+  CAPTURE(name_of(dtype), top_k, tokens, biases, hidden);
+  REQUIRE(cuda::is_few(shape_of(config, tokens)));
+  CHECK(layer.run_few(input, 3).bytes == layer.run(input).bytes);
+  // Of what is left out nothing is computed: a sentinel, an id out of range, a weight of 0.
+  const auto last = input.ids.elements() - 1;
+  input.ids.set(0, 12);
+  CHECK(layer.run_few(input).bytes == layer.run(input).bytes);
+  input.ids.set(last, -7);
+  CHECK(layer.run_few(input).bytes == layer.run(input).bytes);
+  input.weights.set(last / 2, 0);
+  CHECK(layer.run_few(input).bytes == layer.run(input).bytes);
+}
+
+TEST_CASE("a call is one of few up to a warp of assignments, on weights that are streamed") {
+  if (!gpu_found()) return;
+  const auto is_few = [](DataType dtype, std::int64_t tokens, std::int32_t hidden = 64) {
+    return cuda::is_few(shape_of(config_of(dtype, 64, 4, hidden, 64), tokens));
+  };
+  CHECK(is_few(DataType::bf16, 1));
+  CHECK(is_few(DataType::f16, 8));
+  CHECK_FALSE(is_few(DataType::bf16, 0));
+  CHECK_FALSE(is_few(DataType::bf16, 9));
+  CHECK_FALSE(is_few(DataType::f32, 1));
+  CHECK_FALSE(is_few(DataType::bf16, 1, 63));
+}
+
 TEST_CASE("a graph replayed with new ids gives what a call with them gives") {
   if (!gpu_found()) return;
   const auto tokens = GENERATE(1, 6, 130, 400);
@@ -409,10 +482,10 @@ TEST_CASE("a graph replayed with new ids gives what a call with them gives") {
 
 TEST_CASE("sizes that the kernels do not take are refused") {
   MoeConfig config = config_of(DataType::bf16, 600, 1, 8, 8);
-  CHECK_THROWS_WITH(cuda::make_plan(shape_of(config, 1), nullptr, true, nullptr, {}, nullptr),
+  CHECK_THROWS_WITH(cuda::make_plan(shape_of(config, 1), {}, {}, {}, nullptr),
                     Catch::Matchers::ContainsSubstring("expected 1 to 512 experts, got 600"));
   config.experts = 32;
   config.top_k = 17;
-  CHECK_THROWS_WITH(cuda::make_plan(shape_of(config, 1), nullptr, true, nullptr, {}, nullptr),
+  CHECK_THROWS_WITH(cuda::make_plan(shape_of(config, 1), {}, {}, {}, nullptr),
                     Catch::Matchers::ContainsSubstring("expected top_k from 1 to 16, got 17"));
 }

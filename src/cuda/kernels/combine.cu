@@ -2,10 +2,10 @@
 #include <type_traits>
 
 #include "choose_kernel.hpp"
+#include "combine.cuh"
 #include "element.cuh"
 #include "expert_kernels.hpp"
 #include "launch.cuh"
-#include "splits.hpp"
 
 namespace sida::cuda {
 namespace {
@@ -22,20 +22,8 @@ __global__ void __launch_bounds__(combine_threads)
   const int token = static_cast<int>(blockIdx.x);
   const int column = static_cast<int>(blockIdx.y) * combine_threads + static_cast<int>(threadIdx.x);
   if (column >= shape.hidden) return;
-  const std::size_t hidden = static_cast<std::size_t>(shape.hidden);
-  const std::size_t part = static_cast<std::size_t>(shape.tokens) * shape.top_k * hidden;
-  float sum = 0.0f;
-  for (int j = 0; j < shape.top_k; ++j) {
-    const int a = token * shape.top_k + j;
-    const int row = plan.row_of[a];
-    if (row < 0) continue;
-    const int splits = down_splits(shape, plan.group_rows[a]);
-    const float* result = results + static_cast<std::size_t>(row) * hidden + column;
-    float value = *result;
-    for (int s = 1; s < splits; ++s) value += result[s * part];
-    sum += weights[a] * value;
-  }
-  out[static_cast<std::size_t>(token) * hidden + column] = rounded<Element>(sum);
+  out[static_cast<std::size_t>(token) * shape.hidden + column] =
+      rounded<Element>(sum_of_choices(shape, plan, weights, results, token, column));
 }
 
 /// Eight elements of 16 bits.

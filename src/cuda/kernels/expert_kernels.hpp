@@ -8,8 +8,9 @@ struct CUstream_st;
 
 /// The expert kernels: `out[t] = Σ_j weights[t, j] * expert(ids[t, j])(hidden[t])` on a GPU, as
 /// make_plan(), compute_experts() for the experts that are resident (in any number of calls), then
-/// combine(). Every function only enqueues work on a stream, reads nothing back, and can be
-/// captured into a CUDA graph. Pointers are to memory of the stream's device unless said otherwise.
+/// combine(); or, of few assignments, compute_few(). Every function only enqueues work on a stream,
+/// reads nothing back, and can be captured into a CUDA graph. Pointers are to memory of the
+/// stream's device unless said otherwise.
 namespace sida::cuda {
 
 using Stream = CUstream_st*;  ///< a cudaStream_t
@@ -57,17 +58,15 @@ struct ActiveExpert {
   std::int32_t expert, row_begin, rows, unused;
 };
 
-/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's, `invalid`
-/// right behind `counts`: the host reads both with one copy.
+/// A call's assignments a = t * k + j grouped by expert. Lies in memory of the caller's.
 struct Plan {
   ActiveExpert* active;        ///< [min(E, T * k)]
   std::int32_t* active_count;  ///< [1]
-  std::int32_t* counts;        ///< [E] rows of each expert
   std::int32_t* invalid;       ///< [1] ids that were neither an expert nor the sentinel E
-  std::int32_t* offsets;       ///< [E + 1] first row of each expert
   std::int32_t* order;         ///< [T * k] row -> assignment, ascending within an expert
   std::int32_t* row_of;        ///< [T * k] assignment -> row, or -1 if left out
   std::int32_t* group_rows;    ///< [T * k] assignment -> rows of its expert
+  std::int32_t* counts;        ///< [E] scratch of make_plan()
   std::int32_t* chunks;        ///< scratch of make_plan(), last of the plan
 };
 
@@ -100,27 +99,23 @@ struct GivenRouting {
   const std::uint8_t* keep = nullptr;  ///< [T] 0: leave the token out; or null
 };
 
-/// What take_routing() writes: for the other kernels, and for the host, which reads pinned memory.
+/// The routing in one form: for the other kernels, and for the host, which reads pinned memory.
+/// Either pair may be null.
 struct TakenRouting {
-  std::int32_t* ids;       ///< [T, k], ids beyond 32 bits as the largest or smallest
-  float* weights;          ///< [T, k], 0 where a token is left out
-  std::int32_t* host_ids;  ///< [T, k], `left_out` where a choice is
-  float* host_weights;     ///< [T, k], 0 where a choice is left out
+  std::int32_t* ids = nullptr;       ///< [T, k], ids beyond 32 bits as the largest or smallest
+  float* weights = nullptr;          ///< [T, k], 0 where a token is left out
+  std::int32_t* host_ids = nullptr;  ///< [T, k], `left_out` where a choice is
+  float* host_weights = nullptr;     ///< [T, k], 0 where a choice is left out
 };
 constexpr std::int32_t left_out = -0x7fffffff - 1;
 
-/// Brings a call's routing into one form, and to the host.
-/// @throws std::runtime_error if a launch fails.
-void take_routing(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
-                  Stream stream);
-
-/// Groups assignments by expert: stable, the same on every run. Left out are those whose weight is
-/// 0, those with id E (the sentinel), and those with any other id outside [0, E), which are
-/// counted in `plan.invalid` and touch no memory.
-///
-/// ids: [T, k] i32, or i64 with `wide_ids`; weights: [T, k] f32.
-/// @throws std::invalid_argument for k or E out of range, std::runtime_error if a launch fails.
-void make_plan(const LayerShape& shape, const void* ids, bool wide_ids, const float* weights,
+/// Brings a call's routing into one form, and groups its assignments by expert: stable, the same on
+/// every run. Left out are those whose weight is 0 or whose token is, those with id E (the
+/// sentinel), and those with any other id outside [0, E), which are counted in `plan.invalid` and
+/// touch no memory. Without `taken.ids` ids are to be i32 and weights f32, and no token left out.
+/// @throws std::invalid_argument for k or E out of range or missing memory, std::runtime_error if a
+/// launch fails.
+void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
                const Plan& plan, Stream stream);
 
 /// Computes the plan's rows of every expert that is present in `slabs`, into `workspace`.
@@ -138,5 +133,23 @@ void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidd
 /// @throws as make_plan().
 void combine(const LayerShape& shape, const Plan& plan, const float* weights,
              const std::byte* workspace, void* out, Stream stream);
+
+/// Assignments up to which a call may be one of few: one for each lane of a warp.
+constexpr int few_assignments = 32;
+
+/// Whether compute_few() computes this shape, on the current device.
+bool is_few(const LayerShape& shape);
+
+/// Bytes of memory that compute_few() counts finished blocks in: zeros before the first call, and
+/// again after each.
+std::size_t few_bytes(const LayerShape& shape);
+
+/// A whole call in two launches, all of whose experts are present in `slabs`: make_plan(),
+/// compute_experts() and combine() with the same bits. `taken.host_ids` are written, `taken.ids`
+/// not. `counters` holds few_bytes(); calls that share it are enqueued in one order.
+/// @throws as make_plan().
+void compute_few(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
+                 const void* hidden, const ExpertSlabs& slabs, std::byte* workspace,
+                 std::byte* counters, void* out, Stream stream);
 
 }  // namespace sida::cuda

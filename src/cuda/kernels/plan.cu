@@ -2,23 +2,28 @@
 #include <algorithm>
 
 #include "expert_kernels.hpp"
+#include "few.cuh"
 #include "launch.cuh"
 
 namespace sida::cuda {
 namespace {
 
+constexpr int take_threads = 256;
 constexpr int plan_warps = 32;
 /// Assignments that one block plans alone, and that one of several takes.
 constexpr int one_block = 2048, chunk = plan_warps * 32;
 
+/// A thread takes one assignment.
+__global__ void __launch_bounds__(take_threads)
+    take_kernel(LayerShape shape, GivenRouting given, TakenRouting taken) {
+  const int a = static_cast<int>(blockIdx.x) * take_threads + static_cast<int>(threadIdx.x);
+  if (a < shape.tokens * shape.top_k) take(shape, taken, a, given_assignment(shape, given, a));
+}
+
 /// The expert of assignment `a`, or -1 if it is left out; `invalid` is set for an unknown id.
-template <class Id>
-__device__ int expert_of(const Id* ids, const float* weights, int a, int experts, bool& invalid) {
-  if (weights[a] == 0.0f) return -1;
-  const Id id = ids[a];
-  if (id >= 0 && id < static_cast<Id>(experts)) return static_cast<int>(id);
-  invalid |= id != static_cast<Id>(experts);
-  return -1;
+__device__ int expert_at(const std::int32_t* ids, const float* weights, int a, int experts,
+                         bool& invalid) {
+  return expert_of({ids[a], weights[a]}, experts, invalid);
 }
 
 /// Exclusive sums of counts into offsets, and the list of active experts; by one warp.
@@ -37,24 +42,20 @@ __device__ void scan(const int* counts, int experts, const Plan& plan, int* next
     const int row = rows_before + sum - count;
     if (e < experts) {
       plan.counts[e] = count;
-      plan.offsets[e] = next_row[e] = row;
+      next_row[e] = row;
       if (count > 0)
         plan.active[active_before + __popc(active & ((1u << lane) - 1))] = {e, row, count, 0};
     }
     rows_before += __shfl_sync(~0u, sum, 31);
     active_before += __popc(active);
   }
-  if (lane == 0) {
-    plan.offsets[experts] = rows_before;
-    *plan.active_count = active_before;
-  }
+  if (lane == 0) *plan.active_count = active_before;
 }
 
 /// Places assignments [begin, end) by one block. Rows are placed in the order of assignments: chunk
 /// after chunk, in a chunk warp after warp, in a warp lane after lane.
-template <class Id>
-__device__ void place(const Id* ids, const float* weights, int begin, int end, int experts,
-                      const Plan& plan, const int* counts, int* next_row,
+__device__ void place(const std::int32_t* ids, const float* weights, int begin, int end,
+                      int experts, const Plan& plan, const int* counts, int* next_row,
                       unsigned short (*in_warp)[max_experts]) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
@@ -62,7 +63,7 @@ __device__ void place(const Id* ids, const float* weights, int begin, int end, i
     __syncthreads();
     const int a = first + thread;
     bool invalid = false;
-    const int e = a < end ? expert_of(ids, weights, a, experts, invalid) : -1;
+    const int e = a < end ? expert_at(ids, weights, a, experts, invalid) : -1;
     const unsigned same = __match_any_sync(~0u, e);
     const int rank = __popc(same & ((1u << lane) - 1));
     if (e >= 0 && rank == 0) in_warp[warp][e] = static_cast<unsigned short>(__popc(same));
@@ -89,21 +90,20 @@ __device__ void place(const Id* ids, const float* weights, int begin, int end, i
 }
 
 /// Counts assignments [begin, end) into `counts`, zero before, by one block.
-template <class Id>
-__device__ void count(const Id* ids, const float* weights, int begin, int end, int experts,
-                      int* counts, int* invalid_ids) {
+__device__ void count(const std::int32_t* ids, const float* weights, int begin, int end,
+                      int experts, int* counts, int* invalid_ids) {
   for (int a = begin + static_cast<int>(threadIdx.x); a < end; a += static_cast<int>(blockDim.x)) {
     bool invalid = false;
-    const int e = expert_of(ids, weights, a, experts, invalid);
+    const int e = expert_at(ids, weights, a, experts, invalid);
     if (e >= 0) atomicAdd(&counts[e], 1);
     if (invalid) atomicAdd(invalid_ids, 1);
   }
 }
 
 /// One block counts, scans and places.
-template <class Id>
 __global__ void __launch_bounds__(plan_warps * 32)
-    plan_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
+    plan_kernel(const std::int32_t* ids, const float* weights, int assignments, int experts,
+                Plan plan) {
   __shared__ int counts[max_experts];
   __shared__ int next_row[max_experts];
   __shared__ unsigned short in_warp[plan_warps][max_experts];
@@ -123,58 +123,23 @@ __global__ void __launch_bounds__(plan_warps * 32)
   place(ids, weights, 0, assignments, experts, plan, counts, next_row, in_warp);
 }
 
-/// Of few assignments, each a lane of the first warp, one block makes the plan without counting.
-template <class Id>
-__global__ void __launch_bounds__(max_experts)
-    few_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
-  __shared__ int expert_of_lane[32];
-  const int thread = static_cast<int>(threadIdx.x);
+/// A warp takes few assignments and plans them.
+__global__ void __launch_bounds__(32)
+    few_kernel(LayerShape shape, GivenRouting given, TakenRouting taken, Plan plan) {
+  const int a = static_cast<int>(threadIdx.x);
   let_next_start();
-  if (thread < 32) {
-    bool invalid = false;
-    const int e = thread < assignments ? expert_of(ids, weights, thread, experts, invalid) : -1;
-    const unsigned unknown = __ballot_sync(~0u, invalid), same = __match_any_sync(~0u, e);
-    const unsigned before = same & ((1u << thread) - 1);
-    const unsigned firsts = __ballot_sync(~0u, e >= 0 && before == 0);
-    int row = 0, index = 0;
-    for (int lane = 0; lane < 32; ++lane) {
-      const int other = __shfl_sync(~0u, e, lane);
-      if (other < 0 || other >= e) continue;
-      ++row;
-      index += firsts >> lane & 1;
-    }
-    const int rows = e >= 0 ? __popc(same) : 0;
-    if (firsts >> thread & 1) plan.active[index] = {e, row, rows, 0};
-    row = e >= 0 ? row + __popc(before) : -1;
-    if (thread < assignments) {
-      plan.row_of[thread] = row;
-      plan.group_rows[thread] = rows;
-    }
-    if (row >= 0) plan.order[row] = thread;
-    if (thread == 0) {
-      *plan.invalid = __popc(unknown);
-      *plan.active_count = __popc(firsts);
-    }
-    expert_of_lane[thread] = e;
+  Assignment mine;
+  if (a < shape.tokens * shape.top_k) {
+    mine = given_assignment(shape, given, a);
+    take(shape, taken, a, mine);
   }
-  __syncthreads();
-  for (int e = thread; e <= experts; e += static_cast<int>(blockDim.x)) {
-    int rows = 0, before = 0;
-    for (int lane = 0; lane < 32; ++lane) {
-      const int other = expert_of_lane[lane];
-      rows += other == e;
-      before += other >= 0 && other < e;
-    }
-    if (e < experts) plan.counts[e] = rows;
-    plan.offsets[e] = before;
-  }
+  plan_few(shape, mine, plan);
 }
 
 /// Of many assignments, one block counts `chunk`: into plan.chunks [blocks, E + 1], ids out of
 /// range last.
-template <class Id>
-__global__ void __launch_bounds__(chunk)
-    count_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
+__global__ void __launch_bounds__(chunk) count_kernel(const std::int32_t* ids, const float* weights,
+                                                      int assignments, int experts, Plan plan) {
   __shared__ int counts[max_experts + 1];
   const int begin = static_cast<int>(blockIdx.x) * chunk;
   for (int e = static_cast<int>(threadIdx.x); e <= experts; e += chunk) counts[e] = 0;
@@ -213,9 +178,8 @@ __global__ void __launch_bounds__(chunk) scan_kernel(int blocks, int experts, Pl
 }
 
 /// A block places its chunk.
-template <class Id>
-__global__ void __launch_bounds__(chunk)
-    place_kernel(const Id* ids, const float* weights, int assignments, int experts, Plan plan) {
+__global__ void __launch_bounds__(chunk) place_kernel(const std::int32_t* ids, const float* weights,
+                                                      int assignments, int experts, Plan plan) {
   __shared__ int next_row[max_experts];
   __shared__ unsigned short in_warp[plan_warps][max_experts];
   const int begin = static_cast<int>(blockIdx.x) * chunk;
@@ -228,13 +192,9 @@ __global__ void __launch_bounds__(chunk)
         in_warp);
 }
 
-template <class Id>
-void launch_plan(const Id* ids, const float* weights, int assignments, int experts,
+void launch_plan(const std::int32_t* ids, const float* weights, int assignments, int experts,
                  const Plan& plan, cudaStream_t stream) {
-  if (assignments <= 32) {
-    const int threads = std::min(max_experts, (experts + 32) / 32 * 32);
-    few_kernel<<<1, threads, 0, stream>>>(ids, weights, assignments, experts, plan);
-  } else if (assignments <= one_block) {
+  if (assignments <= one_block) {
     const int threads = assignments <= 256 ? 256 : plan_warps * 32;
     plan_kernel<<<1, threads, 0, stream>>>(ids, weights, assignments, experts, plan);
   } else {
@@ -243,7 +203,6 @@ void launch_plan(const Id* ids, const float* weights, int assignments, int exper
     scan_kernel<<<1, chunk, 0, stream>>>(blocks, experts, plan);
     place_kernel<<<blocks, chunk, 0, stream>>>(ids, weights, assignments, experts, plan);
   }
-  check(cudaGetLastError(), "launch the plan of expert rows");
 }
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -262,32 +221,31 @@ std::size_t chunk_counts(const LayerShape& shape) {
 Plan plan_at(const LayerShape& shape, std::byte* memory) {
   const auto assignments = static_cast<std::size_t>(assignments_of(shape));
   const auto experts = static_cast<std::size_t>(shape.experts);
-  const auto take = [&memory](std::size_t count) {
-    auto* part = reinterpret_cast<std::int32_t*>(memory);
+  const auto part = [&memory](std::size_t count) {
+    auto* begin = reinterpret_cast<std::int32_t*>(memory);
     memory += aligned(count * sizeof(std::int32_t));
-    return part;
+    return begin;
   };
   Plan plan{};
-  plan.active = reinterpret_cast<ActiveExpert*>(take(4 * experts));
-  plan.active_count = take(1);
-  plan.counts = take(experts + 1);
-  plan.invalid = plan.counts + experts;
-  plan.offsets = take(experts + 1);
-  plan.order = take(assignments);
-  plan.row_of = take(assignments);
-  plan.group_rows = take(assignments);
-  plan.chunks = take(chunk_counts(shape));
+  plan.active = reinterpret_cast<ActiveExpert*>(part(4 * experts));
+  plan.active_count = part(1);
+  plan.invalid = part(1);
+  plan.counts = part(experts);
+  plan.order = part(assignments);
+  plan.row_of = part(assignments);
+  plan.group_rows = part(assignments);
+  plan.chunks = part(chunk_counts(shape));
   return plan;
 }
 
 std::size_t plan_bytes(const LayerShape& shape) {
   const auto assignments = static_cast<std::size_t>(assignments_of(shape));
   const auto experts = static_cast<std::size_t>(shape.experts);
-  return aligned(16 * experts) + aligned(4) + 2 * aligned(4 * experts + 4) +
+  return aligned(16 * experts) + 2 * aligned(4) + aligned(4 * experts) +
          3 * aligned(4 * assignments) + aligned(4 * chunk_counts(shape));
 }
 
-void make_plan(const LayerShape& shape, const void* ids, bool wide_ids, const float* weights,
+void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
                const Plan& plan, Stream stream) {
   if (shape.top_k < 1 || shape.top_k > max_top_k)
     throw std::invalid_argument("expert kernels: expected top_k from 1 to " +
@@ -296,12 +254,22 @@ void make_plan(const LayerShape& shape, const void* ids, bool wide_ids, const fl
     throw std::invalid_argument("expert kernels: expected 1 to " + std::to_string(max_experts) +
                                 " experts, got " + std::to_string(shape.experts));
   const int assignments = assignments_of(shape);
-  if (wide_ids)
-    launch_plan(static_cast<const std::int64_t*>(ids), weights, assignments, shape.experts, plan,
-                stream);
-  else
-    launch_plan(static_cast<const std::int32_t*>(ids), weights, assignments, shape.experts, plan,
-                stream);
+  const bool is_plain = !given.wide_ids && given.weights_type == Dtype::f32 && !given.keep;
+  if (assignments > 0 && !taken.ids && !is_plain)
+    throw std::invalid_argument(
+        "expert kernels: expected memory for the routing, or ids of i32 and weights of f32");
+  if (assignments <= few_assignments) {
+    few_kernel<<<1, 32, 0, stream>>>(shape, given, taken, plan);
+  } else {
+    if (taken.ids) {
+      const auto blocks = static_cast<unsigned>((assignments + take_threads - 1) / take_threads);
+      take_kernel<<<blocks, take_threads, 0, stream>>>(shape, given, taken);
+    }
+    launch_plan(taken.ids ? taken.ids : static_cast<const std::int32_t*>(given.ids),
+                taken.ids ? taken.weights : static_cast<const float*>(given.weights), assignments,
+                shape.experts, plan, stream);
+  }
+  check(cudaGetLastError(), "launch the plan of expert rows");
 }
 
 }  // namespace sida::cuda

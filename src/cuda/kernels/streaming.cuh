@@ -8,6 +8,8 @@
 namespace sida::cuda {
 
 constexpr int streaming_threads = block_warps * 32;
+/// Output columns of a block of the down product with one stripe.
+constexpr int down_columns = 16;
 
 /// 16 bytes of weights, read once: past L1, which inputs need more.
 __device__ inline uint4 load_weights(const void* address) {
@@ -28,9 +30,15 @@ __device__ inline uint4 load_input(const void* address) {
   return value;
 }
 
-/// A block computes `stripes` x 16 weight rows of one expert (blockIdx.y of the active ones) for
-/// `tiles` x 8 of its rows at a time; its warps, and with splits its blocks (blockIdx.z), share the
-/// contracted dimension, and their sums are added in order.
+/// A block's part of a product: which of the active experts, which of the blocks of outputs that
+/// lie side by side, and which split of the contracted dimension.
+struct StreamedPart {
+  int expert, outputs, split;
+};
+
+/// A block computes `stripes` x 16 weight rows of one expert for `tiles` x 8 of its rows at a time;
+/// its warps, and with splits other blocks, share the contracted dimension, and their sums are
+/// added in order.
 ///
 /// Weights go from memory straight into the registers of mma's A operand. A lane's 16 bytes are 8
 /// neighbours in k where mma expects 2 + 2 from two places; as weights and tokens are permuted
@@ -38,7 +46,7 @@ __device__ inline uint4 load_input(const void* address) {
 /// to 15 those beside it, so that both meet in one block. Rows and tokens past the end repeat
 /// the last one, and what they give is not stored.
 template <class Element, Phase phase, int stripes, int tiles>
-__global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product product) {
+__device__ __forceinline__ void stream_product(const Product& product, const StreamedPart& part) {
   using Task = ExpertProduct<Element, phase>;
   constexpr int batch = stripes == 1 ? 4 : 2;  // steps whose loads are under way together
   constexpr int stripe_outputs = Task::gated ? 8 : 16;
@@ -47,11 +55,11 @@ __global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product pr
   // What the plan says has been written before the previous kernel let this one start, so a down
   // product may fetch weights while the up product still runs.
   if constexpr (!Task::down) wait_for_previous();
-  const ActiveExpert expert = product.plan.active[blockIdx.y];
-  const bool active = static_cast<int>(blockIdx.y) < *product.plan.active_count;
+  const ActiveExpert expert = product.plan.active[part.expert];
+  const bool active = part.expert < *product.plan.active_count;
   const int slot = active ? product.slabs.slot_of[expert.expert] : -1;
   const int splits = Task::down && active ? down_splits(product.shape, expert.rows) : 1;
-  const int split = static_cast<int>(blockIdx.z);
+  const int split = part.split;
   const bool idle = slot < 0 || split >= splits;
   if (idle) {
     if constexpr (Task::down) wait_for_previous();
@@ -61,7 +69,7 @@ __global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product pr
   const int outputs = task.outputs(), depth = task.depth();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int group = thread % 32 / 4, quarter = thread % 4;
-  const int first_output = static_cast<int>(blockIdx.x) * stripes * stripe_outputs;
+  const int first_output = part.outputs * stripes * stripe_outputs;
 
   const Element* rows[stripes][2];
   for (int s = 0; s < stripes; ++s) {
@@ -70,9 +78,9 @@ __global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product pr
     rows[s][0] = task.weights(min(row, last));
     rows[s][1] = task.weights(Task::gated ? outputs + min(row, last) : min(row + 8, last));
   }
-  const int steps = (depth + k_step - 1) / k_step, parts = splits * block_warps;
-  const int part = split * block_warps + warp;
-  const int begin = steps * part / parts, end = steps * (part + 1) / parts;
+  const int steps = (depth + k_step - 1) / k_step, shares = splits * block_warps;
+  const int share = split * block_warps + warp;
+  const int begin = steps * share / shares, end = steps * (share + 1) / shares;
 
   if constexpr (Task::down) {
     const int ahead = min((begin + 2 * quarter) * k_step, depth - 1);
@@ -147,6 +155,13 @@ __global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product pr
       task.finish(row, index, split, sum, up);
     }
   }
+}
+
+template <class Element, Phase phase, int stripes, int tiles>
+__global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product product) {
+  stream_product<Element, phase, stripes, tiles>(
+      product,
+      {static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.z)});
 }
 
 }  // namespace sida::cuda
