@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from cuda_encoder import SHARES, batches_of, make_model
 from gpu_timing import gpu, wait
@@ -135,16 +135,15 @@ def main() -> int:
     """Run the command line; return 0 if no limit was passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=harness.RESULTS / "cuda" / "memory.json")
     options = parser.parse_args()
     torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     runs = []
     for shape in SHAPES:
         for share in SHARES:
             runs.append(measure(options.experts, share, shape))
-            about = {"commit": commit.stdout.strip(), "torch": torch.__version__, "gpu": gpu()}
-            content = {**about, "runs": runs}  # written each time: what is done is not lost
+            content = {**harness.provenance(), "gpu": gpu(), "runs": runs}
+            # Written each time: what is done is not lost.
             options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(runs[-1]), flush=True)
     return 0 if all(run["kept"] for run in runs) else 1

@@ -2,10 +2,16 @@
 """Decoders of well-known shapes with random weights, and tokens and routing with some skew.
 
 A vocabulary of 4096 keeps the model's head from hiding its layers. Tokens come as often as the
-words of a text. Embeddings are large beside what a layer adds, so that routing depends on the token
-and changes from layer to layer; otherwise attention, which takes means, would send all tokens the
-same way. The rows of each router are scaled by exp(SKEW * n), n normal, so that some experts are
-chosen more often than others. What comes of it is recorded: see `skew` in cuda_decoder.py.
+words of a text, and in bursts, as they do there. Each matrix has a gain of one but for those that
+end in the residual stream: attention takes means, which hold what all tokens have in common, and at
+full strength that would grow from layer to layer until all tokens went the same way; experts change
+a token so much that the next router on the same input is right for most experts but not for all.
+The rows of each router are scaled by exp(SKEW * n), n normal, so that some experts are chosen more
+often than others.
+
+With experts of few inner columns, on a CPU, LRU over all layers hits 52/74/91 % of the uses of
+Qwen3's shape at 25/50/75 % of the experts (OLMoE's 48/72/90, Mixtral's 32/61/82), the most used
+tenth of a layer's experts has 24 % of them (21, 17), and look-ahead foretells 68 % (80, 69).
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ from torch import Tensor
 
 VOCABULARY = 4096
 SKEW = 0.2
-WEIGHT, EMBEDDING = 0.02, 0.5
-"""Standard deviations of all matrices and of the embeddings."""
+ATTENTION, EXPERTS = 0.65, 4.0
+"""Gains of the last matrices of attention and experts; embeddings deviate by 1 from 0."""
+AGAIN, REACH = 0.35, 3
+"""How often a token is one of the last ones again, and how many of them are meant."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,12 @@ def make_decoder(shape: Shape, device: str) -> Any:
     config = AutoConfig.for_model(shape.family, vocab_size=VOCABULARY, **shape.config)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
+    gains = {"o_proj": ATTENTION, "down_proj": EXPERTS}
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.data.normal_(std=WEIGHT)
-    model.model.embed_tokens.weight.data.normal_(std=EMBEDDING)
+            part = name.removesuffix(".weight").rpartition(".")[2]
+            parameter.data.normal_(std=gains.get(part, 1.0) * parameter.shape[-1] ** -0.5)
+    model.model.embed_tokens.weight.data.normal_()
     for layer in model.model.layers:
         rows = layer.mlp.gate.weight
         rows.data.mul_((SKEW * torch.randn(len(rows), 1, device=device)).exp())
@@ -102,9 +112,15 @@ def make_decoder(shape: Shape, device: str) -> Any:
 
 
 def text(tokens: int, device: str) -> Tensor:
-    """Return [1, tokens] ids as frequent as the words of a text."""
-    often = 1 / torch.arange(1, VOCABULARY + 1, device=device).float()
-    return torch.multinomial(often, tokens, replacement=True)[None]
+    """Return [1, tokens] ids as frequent as a text's words, some soon again; always the same."""
+    torch.manual_seed(0)
+    often = 1 / torch.arange(1, VOCABULARY + 1).float()
+    ids = torch.multinomial(often, tokens, replacement=True)
+    again, back = torch.rand(tokens) < AGAIN, torch.randint(1, REACH + 1, (tokens,))
+    for at in range(REACH, tokens):
+        if again[at]:
+            ids[at] = ids[at - back[at]]
+    return ids[None].to(device)
 
 
 def half_on_host(model: Any, device: str) -> Any:

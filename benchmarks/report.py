@@ -17,7 +17,7 @@ from typing import Any
 import report_decoder
 import report_gpu
 import report_gpu_decoder
-from report_tables import limit, milliseconds, nothing, number, table, targets_table
+from report_tables import limit, milliseconds, needs, nothing, number, table, targets_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -171,10 +171,9 @@ def _targets(results: Results) -> list[Mapping[str, Any]]:
     return [kept for result in of_cpu(results).values() for kept in result.get("targets", [])]
 
 
+@needs("expert_layer")
 def expert_layer(results: Results) -> str:
     """One layer: time, bound and Hugging Face."""
-    if "expert_layer" not in results:
-        return nothing()
     rows = [
         (
             row["dtype"],
@@ -192,10 +191,9 @@ def expert_layer(results: Results) -> str:
     return table(head, rows)
 
 
+@needs("encoder_resident")
 def encoder_resident(results: Results) -> str:
     """The encoder with all experts, by dtype and batch."""
-    if "encoder_resident" not in results:
-        return nothing()
     rows = [
         (
             dtype,
@@ -220,10 +218,9 @@ def encoder_cold(results: Results) -> str:
     return _ways(results, "encoder_cold", ("resident", "disk", "table", "none", "accelerate"))
 
 
+@needs("decoder_disk")
 def decoder_disk(results: Results) -> str:
     """The decoder at 25 %, page cache warm and dropped."""
-    if "decoder_disk" not in results:
-        return nothing()
     rows = [
         (
             WAYS_OF_DECODER[way],
@@ -237,10 +234,9 @@ def decoder_disk(results: Results) -> str:
     return table(("", "page cache", "prompt, ms", "a token, ms"), rows)
 
 
+@needs("peak_memory")
 def peak_memory(results: Results) -> str:
     """What loading and running took."""
-    if "peak_memory" not in results:
-        return nothing()
     worst = max(results["peak_memory"]["runs"], key=lambda run: run["peak"])
     rows = [
         ("all experts, in the file", worst["all_experts"]),
@@ -253,10 +249,9 @@ def peak_memory(results: Results) -> str:
     return table(("", "MiB"), [(name, f"{count / MIB:.0f}") for name, count in rows])
 
 
+@needs("cache_lookup")
 def cache_lookup(results: Results) -> str:
     """A lease taken and given back."""
-    if "cache_lookup" not in results:
-        return nothing()
     rows = [
         (name.replace("_", " "), f"{1e9 * times['median']:.0f}", f"{1e9 * times['minimum']:.0f}")
         for name, times in results["cache_lookup"]["seconds"].items()
@@ -264,10 +259,9 @@ def cache_lookup(results: Results) -> str:
     return table(("", "median, ns", "minimum, ns"), rows)
 
 
+@needs("hash_building")
 def hash_building(results: Results) -> str:
     """What hash tables cost."""
-    if "hash_building" not in results:
-        return nothing()
     rows = [
         (
             name,
@@ -288,10 +282,9 @@ def hash_building(results: Results) -> str:
     return table(head, rows)
 
 
+@needs("stall")
 def stall(results: Results) -> str:
     """Stall and time over a slow link."""
-    if "stall" not in results:
-        return nothing()
     sizes = results["stall"]["sizes"]
     rows = [
         (
@@ -316,10 +309,9 @@ def stall(results: Results) -> str:
     )
 
 
+@needs("bytes_moved")
 def bytes_moved(results: Results) -> str:
     """Bytes moved against Belady, under policy auto and under every policy."""
-    if "bytes_moved" not in results:
-        return nothing()
     found = results["bytes_moved"]
     probes = [row for row in found["rows"] if "probe" in row["trace"]]
     worst = max(probes, key=lambda row: row["predictor"])
@@ -337,25 +329,27 @@ def bytes_moved(results: Results) -> str:
     )
 
 
+@needs("bytes_moved")
 def inspect_shown(results: Results) -> str:
     """What sida inspect prints."""
     return _shown(results, "inspect")
 
 
+@needs("bytes_moved")
 def replay_shown(results: Results) -> str:
     """What sida replay prints."""
     return _shown(results, "replay")
 
 
+@needs("bytes_moved")
 def policies_shown(results: Results) -> str:
     """What sida replay prints of all policies."""
     return _shown(results, "policies")
 
 
+@needs("bytes_moved")
 def auto_policy(results: Results) -> str:
     """How policy auto compares with the others where there are no tables."""
-    if "bytes_moved" not in results:
-        return nothing()
     moved: dict[str, list[int]] = {}
     for curve in results["bytes_moved"]["curves"]:
         if curve["tables"] == "none":
@@ -459,8 +453,6 @@ def _figures(value: float) -> str:
 
 
 def _shown(results: Results, name: str) -> str:
-    if "bytes_moved" not in results:
-        return nothing()
     shown = results["bytes_moved"]["shown"][name]
     return f"```console\n$ {shown['command']}\n{shown['output']}\n```"
 

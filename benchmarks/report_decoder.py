@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from report_tables import nothing, table
+from report_tables import needs, table
 
 Results = Mapping[str, Any]
 
@@ -28,10 +28,9 @@ NAMED_BY = {
 }
 
 
+@needs("decoder_routing")
 def decoder_origin(results: Results) -> str:
     """What was run, on what."""
-    if "decoder_routing" not in results:
-        return nothing()
     found = results["decoder_routing"]
     rows = [
         ("model", f"`models/{found['model']}`, {found['experts']} experts"),
@@ -48,10 +47,9 @@ def decoder_origin(results: Results) -> str:
     return table(("", ""), rows)
 
 
+@needs("decoder_routing")
 def decoder_gains(results: Results) -> str:
     """What each way gains at a quarter of the experts."""
-    if "decoder_routing" not in results:
-        return nothing()
     lines = []
     for name, task in results["decoder_routing"]["tasks"].items():
         rates = task["rates"]["25"]
@@ -99,19 +97,17 @@ def decoder_gains(results: Results) -> str:
     return "\n".join(lines)
 
 
+@needs("decoder_routing")
 def decoder_rates(results: Results) -> str:
     """Hit rates by task, way and budget."""
-    if "decoder_routing" not in results:
-        return nothing()
     return "\n\n".join(
         _rates(name, task["rates"]) for name, task in results["decoder_routing"]["tasks"].items()
     )
 
 
+@needs("decoder_routing")
 def decoder_layers(results: Results) -> str:
     """Which part of a token's experts is named beforehand."""
-    if "decoder_routing" not in results:
-        return nothing()
     rows = [
         (f"{task}: {NAMED_BY[name]}", *(_percent(part) for part in parts))
         for task, found in results["decoder_routing"]["tasks"].items()

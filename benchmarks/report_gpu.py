@@ -6,15 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from report_tables import milliseconds, nothing, number, table, targets_table
+from report_tables import milliseconds, needs, number, table, targets_table
 
 Results = Mapping[str, Any]
 
 
+@needs("cuda_encoder")
 def gpu_machine(results: Results) -> str:
     """What the figures were measured on."""
-    if "cuda_encoder" not in results:
-        return nothing()
     found = results["cuda_encoder"]
     gpu = found["gpu"]
     rows = [
@@ -28,10 +27,9 @@ def gpu_machine(results: Results) -> str:
     return table(("", ""), rows)
 
 
+@needs("cuda_encoder")
 def gpu_gains(results: Results) -> str:
     """What a user gains and loses, by batch."""
-    if "cuda_encoder" not in results:
-        return nothing()
     shapes = results["cuda_encoder"]["shapes"]
     medians = {name: _medians(figures) for name, figures in shapes.items()}
     rows = [
@@ -48,10 +46,9 @@ def gpu_gains(results: Results) -> str:
     return table(("times as fast", *_batches(shapes)), rows)
 
 
+@needs("cuda_encoder")
 def gpu_encoder(results: Results) -> str:
     """All experts on the GPU: times of a batch."""
-    if "cuda_encoder" not in results:
-        return nothing()
     rows = [
         (
             batch,
@@ -63,10 +60,9 @@ def gpu_encoder(results: Results) -> str:
     return table(("batch", "sida, ms", "grouped_mm, ms", "Hugging Face, ms"), rows)
 
 
+@needs("cuda_encoder")
 def gpu_fewer(results: Results) -> str:
     """A share of the experts on the GPU: times against their bounds."""
-    if "cuda_encoder" not in results:
-        return nothing()
     rows = []
     for batch, figures in _by_batch(results):
         for share, few in figures.items():
@@ -91,10 +87,9 @@ def gpu_fewer(results: Results) -> str:
     return table((*head, "no tables, ms", "/ (R + M)"), rows)
 
 
+@needs("cuda_expert_layer")
 def gpu_layers(results: Results) -> str:
     """One layer: sida beside Triton, grouped_mm and a loop over cuBLAS."""
-    if "cuda_expert_layer" not in results:
-        return nothing()
     rows = []
     for row in results["cuda_expert_layer"]["rows"]:
         times = row["median_us"]
@@ -114,10 +109,9 @@ def gpu_layers(results: Results) -> str:
     return table((*head, *(f"× {peer}" for peer in peers)), rows)
 
 
+@needs("cuda_link")
 def gpu_link(results: Results) -> str:
     """Rates of copies, and what a demand waits behind prefetches."""
-    if "cuda_link" not in results:
-        return nothing()
     found = results["cuda_link"]
     copies = {copy["chunk_bytes"]: copy["gb_a_second"] for copy in found["copies"]}
     rows = [
@@ -136,10 +130,9 @@ def gpu_link(results: Results) -> str:
     return table((*head, "behind 64 prefetches, µs", "at worst, µs"), rows)
 
 
+@needs("cuda_layer_call")
 def gpu_call(results: Results) -> str:
     """What a call keeps the calling thread for."""
-    if "cuda_layer_call" not in results:
-        return nothing()
     found = results["cuda_layer_call"]
     names = {
         "own_layer": "`OffloadedExperts`",
@@ -155,10 +148,9 @@ def gpu_call(results: Results) -> str:
     return f"{shown}\n\n{targets_table(found['targets'])}"
 
 
+@needs("cuda_hash_building")
 def gpu_tables(results: Results) -> str:
     """One hash table of a predictor on the GPU, and on the CPU."""
-    if "cuda_hash_building" not in results:
-        return nothing()
     rows = [
         (
             kind,
@@ -174,10 +166,9 @@ def gpu_tables(results: Results) -> str:
     return table(head, rows)
 
 
+@needs("cuda_hash_building")
 def gpu_tables_map(results: Results) -> str:
     """What `map` loses by predicting."""
-    if "cuda_hash_building" not in results:
-        return nothing()
     found = results["cuda_hash_building"]
     shapes = found["map"]
     rows = [
@@ -193,10 +184,51 @@ def gpu_tables_map(results: Results) -> str:
     return f"{shown}\n\n{targets_table(found['targets'])}"
 
 
+@needs("cuda_memory")
+def gpu_memory(results: Results) -> str:
+    """The GPU's memory that an offloaded encoder takes, against its limit."""
+    found = results["cuda_memory"]
+    rows = [
+        (
+            " x ".join(map(str, run["shape"])),
+            f"{run['share']:.0%}",
+            *(f"{run[what] / 2**20:.0f}" for what in ("taken_bytes", "limit_bytes")),
+            run["samples"],
+            f"{1e3 * run['longest_gap_seconds']:.1f}",
+            "yes" if run["kept"] else "**no**",
+        )
+        for run in found["runs"]
+    ]
+    head = ("batch", "experts", "taken, MiB", "limit, MiB", "samples", "longest gap, ms", "kept")
+    origin = f"{found['gpu']['name']}, {found['date']}, commit {found['commit']}"
+    return f"{table(head, rows)}\n\n{origin}."
+
+
+@needs("cuda_soak")
+def gpu_soak(results: Results) -> str:
+    """Random work: how many seeds went right, run by run and in all."""
+    found = results["cuda_soak"]
+    totals = found["totals"]
+    rows = [
+        (
+            run["date"],
+            run["device"],
+            run["commit"][:7],
+            run["seeds"],
+            run["right_passes"],
+            f"{run['seconds']:.0f}" if "seconds" in run else "",
+            run.get("failed", ""),
+        )
+        for run in found["runs"]
+    ]
+    counts = [totals[what] for what in ("seeds", "right_passes")]
+    rows.append(("all", "", "", *counts, f"{totals['seconds']:.0f}", totals["failed_runs"]))
+    return table(("run", "GPU", "commit", "seeds", "right passes", "seconds", "failed"), rows)
+
+
+@needs("cuda_encoder")
 def gpu_targets(results: Results) -> str:
     """Every target of the encoder."""
-    if "cuda_encoder" not in results:
-        return nothing()
     targets = results["cuda_encoder"]["targets"]
     missed = sum(not kept["met"] for kept in targets)
     return f"{missed} of {len(targets)} are missed.\n\n{targets_table(targets)}"
@@ -236,6 +268,8 @@ BLOCKS = {
         gpu_call,
         gpu_tables,
         gpu_tables_map,
+        gpu_memory,
+        gpu_soak,
         gpu_targets,
     )
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from report_tables import milliseconds, nothing, table, targets_table
+from report_tables import milliseconds, needs, table, targets_table
 
 Results = Mapping[str, Any]
 NAME = "cuda_decoder"
@@ -14,10 +14,9 @@ PEERS = ("eager", "grouped_mm", "batched_mm")
 WAYS = {"no_prediction": "without prediction", "look_ahead": "look-ahead"}
 
 
+@needs(NAME)
 def gpu_decoder(results: Results) -> str:
     """All experts on the GPU, and half of them on the host by accelerate: times by shape."""
-    if NAME not in results:
-        return nothing()
     rows = []
     for shape, found in results[NAME]["shapes"].items():
         for what, key, moved in (
@@ -32,10 +31,9 @@ def gpu_decoder(results: Results) -> str:
     return table(("", "sida, ms", *(f"{peer}, ms" for peer in PEERS), "accelerate, ms"), rows)
 
 
+@needs(NAME)
 def gpu_decoder_fewer(results: Results) -> str:
     """A share of the experts on the GPU: a token's times against R + M."""
-    if NAME not in results:
-        return nothing()
     rows = []
     for shape, found in results[NAME]["shapes"].items():
         for share in _shares(found):
@@ -55,10 +53,9 @@ def gpu_decoder_fewer(results: Results) -> str:
     return table(("a token", "hits", "R, ms", "M, ms", "ms", "/ (R + M)"), rows)
 
 
+@needs(NAME)
 def gpu_decoder_alone(results: Results) -> str:
     """MoE blocks and their experts by themselves."""
-    if NAME not in results:
-        return nothing()
     rows = []
     for shape, found in results[NAME]["shapes"].items():
         for part, what in (
@@ -72,10 +69,9 @@ def gpu_decoder_alone(results: Results) -> str:
     return table(("a layer, one token", "sida, µs", "grouped_mm, µs", "batched_mm, µs"), rows)
 
 
+@needs(NAME)
 def gpu_decoder_targets(results: Results) -> str:
     """Every target of the decoders, and how skewed the routing was."""
-    if NAME not in results:
-        return nothing()
     found = results[NAME]
     skews = ", ".join(
         f"{100 * figures['most_used_tenth']:.0f} % ({shape})"

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+Block = Callable[[Mapping[str, Any]], str]
+"""Makes what a page shows of all results."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -42,3 +46,16 @@ def targets_table(targets: Iterable[Mapping[str, Any]]) -> str:
 def nothing() -> str:
     """Return what stands where results are missing."""
     return "Not recorded yet: `scripts/benchmark`."
+
+
+def needs(name: str) -> Callable[[Block], Block]:
+    """Let a block say that results are missing where those of a benchmark are."""
+
+    def decorate(block: Block) -> Block:
+        @functools.wraps(block)
+        def shown(results: Mapping[str, Any]) -> str:
+            return block(results) if name in results else nothing()
+
+        return shown
+
+    return decorate

@@ -14,7 +14,7 @@
 namespace sida::bindings {
 namespace {
 
-Place place_of(const AnyExperts& experts, const py::object& stream, const py::object& hidden) {
+Place place_of_call(const AnyExperts& experts, const py::object& stream, const py::object& hidden) {
   const int device = experts.cuda_device();
   return {device, stream_of(stream, hidden, device)};
 }
@@ -22,7 +22,7 @@ Place place_of(const AnyExperts& experts, const py::object& stream, const py::ob
 py::object forward(AnyExperts& self, const py::object& hidden_states, const py::object& top_k_index,
                    const py::object& top_k_weights, const py::object& out,
                    const py::object& next_top_k_index, const py::object& stream) {
-  const Place place = place_of(self, stream, hidden_states);
+  const Place place = place_of_call(self, stream, hidden_states);
   const Array hidden(hidden_states, "hidden_states", place);
   std::optional<Array> next;
   if (!next_top_k_index.is_none()) next.emplace(next_top_k_index, "next_top_k_index");
@@ -39,7 +39,7 @@ py::object forward(AnyExperts& self, const py::object& hidden_states, const py::
 
 py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
                              const py::object& out, const py::object& stream) {
-  const Place place = place_of(self, stream, hidden_states);
+  const Place place = place_of_call(self, stream, hidden_states);
   const Array hidden(hidden_states, "hidden_states", place);
   const py::object result = out.is_none() ? empty_array(hidden_states) : out;
   const Array written(result, "out", place);

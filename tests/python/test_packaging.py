@@ -23,6 +23,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 CPU_ALONE = "--config-settings=cmake.define.SIDA_CUDA=OFF"  # not -C, which pip 23.0 lacks
 """Whatever toolkit there is: what these tests look at is the same with the CUDA part."""
+HASTY = tuple(
+    f"--config-settings=cmake.define.{setting}"
+    for setting in ("CMAKE_CXX_FLAGS_RELEASE=-O0", "CMAKE_UNITY_BUILD=ON")
+)
+"""Compiles sooner: how fast the module is, is not looked at."""
 HEADERS = sorted(str(p.relative_to(ROOT / "include")) for p in ROOT.glob("include/sida/**/*.hpp"))
 
 
@@ -94,6 +99,7 @@ def wheel(sdist: Path, build: Path, tmp_path_factory: pytest.TempPathFactory) ->
         folder,
         f"--config-settings=build-dir={build}",
         CPU_ALONE,
+        *HASTY,
         sdist,
     )
     (file,) = folder.iterdir()
@@ -302,9 +308,7 @@ def test_an_editable_install_follows_the_sources(
     source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     python = new_environment(tmp_path_factory.mktemp("editable"))
-    # What the module computes is not looked at.
-    hasty = "--config-settings=cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0"
-    run(python, "-m", "pip", "install", CPU_ALONE, hasty, "-e", source)
+    run(python, "-m", "pip", "install", CPU_ALONE, *HASTY, "-e", source)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     where = "import sida, sida._core; print(sida.__file__, sida._core.__version__)"
     assert str(source) in run(python, "-c", where, cwd=elsewhere)

@@ -65,9 +65,10 @@ def test_recordings_say_where_they_come_from() -> None:
 def test_recordings_on_a_gpu_say_where_they_come_from() -> None:
     for path in report.RESULTS.glob("cuda/*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("commit", "command", "date"):
-            assert result.get(key), f"{path.name} does not say its {key}"
-        assert "NVIDIA" in str(result.get("gpu") or result.get("device")), path.name
+        for origin in result["runs"] if path.stem == "soak" else [result]:
+            for key in ("commit", "command", "date"):
+                assert origin.get(key), f"{path.name} does not say its {key}"
+            assert "NVIDIA" in str(origin.get("gpu") or origin.get("device")), path.name
 
 
 def test_batches_of_a_trace_are_its_sentences_in_turn() -> None:
@@ -108,6 +109,29 @@ def test_decoders_on_a_gpu_are_shown_with_what_they_miss() -> None:
     assert "| olmoe, experts, calling thread | 90 | 90 | 90 |" in page
     assert "has 35 % (olmoe) of its uses" in page and "1 of 1 are missed" in page
     assert "| a token, time / (R + M) | 1.25 | ≤ 1.1 | **no** |" in page
+
+
+def test_memory_and_random_work_on_a_gpu_are_shown_with_what_failed() -> None:
+    run = {"taken_bytes": 3 << 30, "limit_bytes": 2 << 30, "samples": 900, "kept": False}
+    run |= {"shape": [1, 128], "share": 0.2, "longest_gap_seconds": 0.0021}
+    memory = {"gpu": {"name": "NVIDIA X"}, "date": "2026-01-02", "commit": "abc", "runs": [run]}
+    made_on = {"date": "2026-01-03", "device": "NVIDIA Y", "commit": "0123456789"}
+    good = {**made_on, "seeds": 7, "right_passes": 70, "seconds": 1.5}
+    bad = {**made_on, "seeds": 0, "right_passes": 0, "failed": "seed 9: other bits"}
+    totals = {"seeds": 7, "right_passes": 70, "seconds": 1.5, "failed_runs": 1}
+    results = {"cuda_memory": memory, "cuda_soak": {"totals": totals, "runs": [good, bad]}}
+    shown = report.BLOCKS["gpu-memory"](results)
+    assert "| 1 x 128 | 20% | 3072 | 2048 | 900 | 2.1 | **no** |" in shown
+    assert shown.endswith("NVIDIA X, 2026-01-02, commit abc.")
+    soak = report.BLOCKS["gpu-soak"](results)
+    assert "| 2026-01-03 | NVIDIA Y | 0123456 | 7 | 70 | 2 |  |" in soak
+    assert "| 2026-01-03 | NVIDIA Y | 0123456 | 0 | 0 |  | seed 9: other bits |" in soak
+    assert "| all |  |  | 7 | 70 | 2 | 1 |" in soak
+
+
+@pytest.mark.parametrize("name", report.BLOCKS)
+def test_a_block_without_results_says_so(name: str) -> None:
+    assert report.BLOCKS[name]({}) in (report.nothing(), "None.")
 
 
 def test_unknown_block_is_refused() -> None:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from sida.huggingface.adapter import integer_tensor
 from sida.huggingface.layers_adapter import LayersAdapter
+from sida.huggingface.router_choice import ChoiceForm
 
 ROUTERS = ("gate", "router")
 """Names that MoE layers have for their router."""
@@ -38,6 +40,11 @@ class DecoderAdapter(LayersAdapter):
     num_experts: int
     top_k: int
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # By layer, of the router that was there and its class.
+        self._choices: dict[int, tuple[nn.Module, type[nn.Module], ChoiceForm | None]] = {}
+
     def find_predictable(self) -> list[int]:
         """Return the layers whose routing can be foretold: all of them, or none."""
         if len(self.stacks()) != 1 or self._embedding() is None:
@@ -53,12 +60,11 @@ class DecoderAdapter(LayersAdapter):
             raise ValueError(f"expected a router named {' or '.join(ROUTERS)}, found none")
         if router.training:
             return None
-        # By its class, so that neither its hooks nor what records router logits see the call.
-        arguments = _router_arguments(router, self._layers[layer])
-        output = type(router).forward(router, hidden, **arguments)
-        ids = output[integer_tensor(output)]
-        assert isinstance(ids, Tensor)
-        return ids
+        known, kind, form = self._choices.get(layer, (None, None, None))
+        if known is not router or kind is not type(router):
+            form = ChoiceForm.of(router, hidden, lambda rows: self._ask(layer, router, rows))
+            self._choices[layer] = router, type(router), form
+        return form.choose(router, hidden) if form else self._ask(layer, router, hidden)
 
     def leave_router_out(self, layer: int) -> None:
         """Let the layer's router choose nothing, since its experts go by the hash table.
@@ -166,6 +172,16 @@ class DecoderAdapter(LayersAdapter):
         parent = self._layers[layer]
         return next((getattr(parent, name) for name in ROUTERS if hasattr(parent, name)), None)
 
+    def _ask(self, layer: int, router: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the expert ids that a layer's router returns."""
+        # By its class, so that neither its hooks nor what records router logits see the call.
+        output = type(router).forward(
+            router, hidden, **_router_arguments(router, self._layers[layer])
+        )
+        ids = output[integer_tensor(output)]
+        assert isinstance(ids, Tensor)
+        return ids
+
     def _embedding(self) -> Tensor | None:
         try:
             embedding = self.stacks()[0].module.get_input_embeddings()
@@ -183,11 +199,16 @@ class DecoderAdapter(LayersAdapter):
 
 def _router_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any]:
     """Return what a router takes beside hidden states: its layer's, by the same name."""
-    parameters = list(inspect.signature(type(router).forward).parameters.values())[2:]
-    names = [
+    return {name: getattr(parent, name) for name in _further_arguments(type(router).forward)}
+
+
+@functools.lru_cache(maxsize=64)
+def _further_arguments(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of what a router's forward asks for beside itself and hidden states."""
+    parameters = list(inspect.signature(forward).parameters.values())[2:]
+    return [
         p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     ]
-    return {name: getattr(parent, name) for name in names}
 
 
 def _weights_place(output: tuple[Any, ...]) -> int:

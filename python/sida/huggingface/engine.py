@@ -243,7 +243,7 @@ class Engine:
         """
         experts, values = self._layers[layer], self._input(hidden)
         next_ids = None
-        if experts.wants_look_ahead():
+        if self._look_ahead.is_made(layer) and experts.wants_look_ahead():
             next_ids = self._look_ahead.choose(layer, detached(hidden))
         out: Tensor = experts.forward(
             values,

@@ -9,6 +9,8 @@ from torch import Tensor
 from sida.huggingface.adapter import ExpertAdapter
 
 SWITCHED_OFF = "predictor=False"
+INTEGERS = (torch.int32, torch.int64)
+"""What experts are named by."""
 
 
 class LookAhead:
@@ -27,37 +29,55 @@ class LookAhead:
         self._adapter = adapter
         self.off: list[str] = [] if wanted else [SWITCHED_OFF]
         self._layers: set[int] = set()  # from which it is made
+        self._pinned: Tensor | None = None
         if wanted:
             for stack in adapter.stacks():
                 if not stack.predictable:
                     self._layers.update(i for i in stack.layers if i + 1 in stack.layers)
 
+    def is_made(self, layer: int) -> bool:
+        """Whether `choose` is of use from a layer."""
+        return layer in self._layers
+
     def choose(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return what the router of the layer behind `layer` chooses.
 
         Args:
-            layer: The MoE layer at hand.
+            layer: The MoE layer at hand, from which look-ahead is made.
             hidden: Its input, [T, H].
 
         Returns:
-            Expert ids [T, k] int64, or None. In RAM, or, from a GPU, on the way there in the order
-            of the current stream.
+            Expert ids [T, k] int32 or int64, or None. In RAM, or, from a GPU, on the way there in
+            the order of the current stream, and there until the next call.
         """
-        if layer not in self._layers:
-            return None
         try:
+            if not torch.is_grad_enabled():
+                return self._guess(layer + 1, hidden)
             with torch.no_grad():
-                ids = self._adapter.choices(layer + 1, hidden)
-                return None if ids is None else _to_ram(ids.view(len(hidden), -1).long())
+                return self._guess(layer + 1, hidden)
         except Exception as error:  # the same router raises again where its own layer calls it
             self._layers.discard(layer)
             name = self._adapter.layer_names[layer + 1]
             self.off.append(f"{name}: {type(error).__name__}: {error}")
             return None
 
+    def _guess(self, layer: int, hidden: Tensor) -> Tensor | None:
+        ids = self._adapter.choices(layer, hidden)
+        if ids is None:
+            return None
+        if ids.dim() != 2:
+            ids = ids.view(len(hidden), -1)
+        if ids.dtype not in INTEGERS:
+            ids = ids.long()
+        return self._to_ram(ids) if ids.is_cuda else ids.contiguous()
 
-def _to_ram(ids: Tensor) -> Tensor:
-    if ids.device.type == "cpu":
-        return ids.contiguous()
-    pinned = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-    return pinned.copy_(ids, non_blocking=True)
+    def _to_ram(self, ids: Tensor) -> Tensor:
+        # Pinned once: a layer reads its guess before the next one makes one, in the stream's order.
+        if (
+            self._pinned is None
+            or self._pinned.shape != ids.shape
+            or self._pinned.dtype != ids.dtype
+        ):
+            with torch.inference_mode(False):  # to be written to outside inference mode, too
+                self._pinned = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        return self._pinned.copy_(ids, non_blocking=True)
