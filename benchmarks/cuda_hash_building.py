@@ -20,7 +20,7 @@ import cuda_encoder
 import harness
 import numpy as np
 import torch
-from gpu_timing import finished, gpu
+from gpu_timing import ANY_SPREAD, finished, gpu
 from torch import Tensor
 
 import sida
@@ -177,8 +177,9 @@ def main() -> None:
     """Run the command line."""
     options = harness.arguments(__doc__).parse_args()
     torch.set_grad_enabled(False)
-    # As in cuda_encoder the calling thread sets the pace where little is moved.
-    harness.run("cuda/hash_building", options, lambda: measure(options.repetitions), spread=2)
+    harness.run(
+        "cuda/hash_building", options, lambda: measure(options.repetitions), spread=ANY_SPREAD
+    )
 
 
 if __name__ == "__main__":

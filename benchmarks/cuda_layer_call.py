@@ -15,7 +15,7 @@ from typing import Any
 
 import harness
 import torch
-from gpu_timing import gpu
+from gpu_timing import ANY_SPREAD, gpu
 from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
 import sida
@@ -116,7 +116,7 @@ def main() -> None:
     """Run the command line."""
     options = harness.arguments(__doc__).parse_args()
     torch.set_grad_enabled(False)
-    harness.run("cuda/layer_call", options, lambda: measure(options.repetitions), spread=2)
+    harness.run("cuda/layer_call", options, lambda: measure(options.repetitions), spread=ANY_SPREAD)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+ANY_SPREAD = math.inf
+"""Where the calling thread sets the pace, the clock of a shared host decides how much times vary:
+what is held against each other takes turns, and results say how wide the widest spread was."""
 
 
 def wait() -> None:
