@@ -88,21 +88,8 @@ class ExpertFfn<CudaBackend>::Call {
 
   const std::vector<std::int32_t>& experts() {
     expect_call("experts");
-    if (is_foretold_) {
-      experts_ = active_experts(entry_->routed());
-      return experts_;
-    }
-    make_plan();
-    backend_.record(waited_, stream_);
-    backend_.synchronize(waited_);
-    const cuda::RoutingLog::Entry& entry = *entry_;
-    try {
-      log_.expect_experts(entry);
-    } catch (...) {
-      abandon();
-      throw;
-    }
-    experts_ = active_experts(entry.routed());
+    if (!is_foretold_) wait_for_routing();
+    experts_ = active_experts(entry_->routed());
     return experts_;
   }
   std::vector<std::uint8_t> counted() const { return sida::counted(entry_->routed(), experts_); }
@@ -175,9 +162,23 @@ class ExpertFfn<CudaBackend>::Call {
   void compute_few(const TensorView& out) {
     const cuda::DeviceScope scope(backend_.device());
     cuda::launched([&] {
-      cuda::compute_few(shape_, given_, taken_, hidden_, slabs_at(few_->arena, few_->slots),
-                        workspace_.data(), counters_.data(), out.data, stream_.native());
+      cuda::compute_few(shape_, given_, taken_, hidden_,
+                        cuda::slabs_in(few_->arena, layout_, few_->slots.data()), workspace_.data(),
+                        counters_.data(), out.data, stream_.native());
     });
+  }
+
+  void wait_for_routing() {
+    make_plan();
+    backend_.record(waited_, stream_);
+    backend_.synchronize(waited_);
+    const cuda::RoutingLog::Entry& entry = *entry_;
+    try {
+      log_.expect_experts(entry);
+    } catch (...) {
+      abandon();
+      throw;
+    }
   }
 
   // Once for a call, as soon as something needs it.
@@ -235,18 +236,9 @@ class ExpertFfn<CudaBackend>::Call {
 
   void launch_experts(const std::byte* arena, const Buffer<CudaBackend>& slots) {
     cuda::launched([&] {
-      cuda::compute_experts(shape_, plan(), hidden_, slabs_at(arena, slots), workspace_.data(),
-                            stream_.native());
+      cuda::compute_experts(shape_, plan(), hidden_, cuda::slabs_in(arena, layout_, slots.data()),
+                            workspace_.data(), stream_.native());
     });
-  }
-  cuda::ExpertSlabs slabs_at(const std::byte* arena, const Buffer<CudaBackend>& slots) const {
-    return {arena,
-            layout_.slab_bytes,
-            reinterpret_cast<const std::int32_t*>(slots.data()),
-            layout_.up_offset,
-            layout_.down_offset,
-            layout_.up_bias_offset,
-            layout_.down_bias_offset};
   }
 
   std::size_t assignments() const noexcept {

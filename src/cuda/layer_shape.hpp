@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "expert_kernels.hpp"
 #include "sida/core/error.hpp"
 #include "sida/core/moe_config.hpp"
+#include "sida/ffn/slab_layout.hpp"
 
 /// sida's words for a layer as those of the kernels.
 namespace sida::cuda {
@@ -67,6 +70,18 @@ inline LayerShape shape_of(const MoeConfig& config) {
   shape.up_bias = config.up_bias;
   shape.down_bias = config.down_bias;
   return shape;
+}
+
+/// Slabs of a layout in an arena; slots: [E] i32 on the device, see ExpertSlabs::slot_of.
+inline ExpertSlabs slabs_in(const std::byte* arena, const SlabLayout& layout,
+                            const std::byte* slots) {
+  return {arena,
+          layout.slab_bytes,
+          reinterpret_cast<const std::int32_t*>(slots),
+          layout.up_offset,
+          layout.down_offset,
+          layout.up_bias_offset,
+          layout.down_bias_offset};
 }
 
 }  // namespace sida::cuda

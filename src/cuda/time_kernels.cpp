@@ -170,13 +170,7 @@ class MeasuredLayer {
   }
 
   void enqueue(const cuda::LayerShape& shape) {
-    const cuda::ExpertSlabs slabs{arena_.data(),
-                                  layout_.slab_bytes,
-                                  reinterpret_cast<const std::int32_t*>(slots_.data()),
-                                  layout_.up_offset,
-                                  layout_.down_offset,
-                                  layout_.up_bias_offset,
-                                  layout_.down_bias_offset};
+    const cuda::ExpertSlabs slabs = cuda::slabs_in(arena_.data(), layout_, slots_.data());
     const cuda::Plan plan = cuda::plan_at(shape, plan_.data());
     const auto* weights = reinterpret_cast<const float*>(weights_.data());
     cudaStream_t stream = stream_.native();

@@ -12,7 +12,7 @@
 namespace sida::cuda {
 namespace {
 
-unsigned blocks(int count, int each) { return static_cast<unsigned>((count + each - 1) / each); }
+unsigned blocks(int count, int each) { return static_cast<unsigned>(parts_of(count, each)); }
 
 template <class Element, Phase phase>
 void launch_product(const Product& product, cudaStream_t stream) {
@@ -24,7 +24,7 @@ void launch_product(const Product& product, cudaStream_t stream) {
   const int outputs = phase == Phase::down ? shape.hidden : shape.intermediate;
   const auto experts = static_cast<unsigned>(std::min(shape.experts, shape.tokens * shape.top_k));
   if constexpr (!std::is_same_v<Element, float>) {
-    constexpr int stripe = phase == Phase::gated_up ? 8 : 16;
+    constexpr int stripe = stripe_outputs<phase>;
     const auto splits = static_cast<unsigned>(phase == Phase::down ? down_splits(shape, 1) : 1);
     if (kernel == Kernel::narrow)
       return launch(what, streaming_kernel<Element, phase, 1, 1>,

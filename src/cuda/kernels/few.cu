@@ -15,6 +15,8 @@ namespace {
 /// sooner done than waiting for a kernel that does, and works on one part after the other. Measured
 /// on an H100 with 2, 3 and 4, at 1 to 4 tokens of Switch-base-128's and Qwen3-30B's shapes.
 constexpr int blocks_each = 3;
+/// Columns whose results the last block to end sums.
+constexpr int down_columns = stripe_outputs<Phase::down>;
 /// Parts of a block, at most.
 constexpr int most_parts = 64;
 
@@ -24,8 +26,7 @@ __global__ void __launch_bounds__(streaming_threads, blocks_each)
   __shared__ FewPlan few;
   wait_for_previous();
   product.plan = few.make(product.shape, given, taken, blockIdx.x == 0);
-  const int each = phase == Phase::gated_up ? 8 : 16;
-  const int wide = (product.shape.intermediate + each - 1) / each;
+  const int wide = parts_of(product.shape.intermediate, stripe_outputs<phase>);
   const int parts = few.active_count * wide;
   for (int i = static_cast<int>(blockIdx.x); i < parts; i += static_cast<int>(gridDim.x))
     stream_product<Element, phase, 1, 1>(product, {i / wide, i % wide, 0});
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(streaming_threads, blocks_each)
   const int thread = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
   if (thread == 0) last_count = 0;
   product.plan = few.make(shape, given, {}, false);
-  const int wide = (shape.hidden + down_columns - 1) / down_columns;
+  const int wide = parts_of(shape.hidden, down_columns);
   const int splits = down_splits(shape, 1);
   const int depth = max(few.active_count * splits, 1);  // one part that does nothing, of no expert
   const int parts = wide * depth, first = static_cast<int>(blockIdx.x);
@@ -68,12 +69,10 @@ __global__ void __launch_bounds__(streaming_threads, blocks_each)
   }
 }
 
-int blocks(int count, int each) { return (count + each - 1) / each; }
-
 /// Blocks for so many parts, as far as they are there at once.
 dim3 grid_of(int parts) {
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int fewest = (parts + most_parts - 1) / most_parts;
+  const int fewest = parts_of(parts, most_parts);
   return dim3(
       static_cast<unsigned>(std::max(std::min(parts, blocks_each * multiprocessors), fewest)));
 }
@@ -88,14 +87,14 @@ void launch_few(const LayerShape& shape, const GivenRouting& given, const TakenR
   const int experts = std::min(shape.experts, shape.tokens * shape.top_k);
   if (shape.gated)
     launch(what, few_up_kernel<Element, Phase::gated_up>,
-           grid_of(blocks(shape.intermediate, 8) * experts), streaming_threads, stream, up, given,
-           taken);
+           grid_of(parts_of(shape.intermediate, stripe_outputs<Phase::gated_up>) * experts),
+           streaming_threads, stream, up, given, taken);
   else
     launch(what, few_up_kernel<Element, Phase::up>,
-           grid_of(blocks(shape.intermediate, 16) * experts), streaming_threads, stream, up, given,
-           taken);
+           grid_of(parts_of(shape.intermediate, stripe_outputs<Phase::up>) * experts),
+           streaming_threads, stream, up, given, taken);
   launch(what, few_down_kernel<Element>,
-         grid_of(blocks(shape.hidden, down_columns) * experts * down_splits(shape, 1)),
+         grid_of(parts_of(shape.hidden, down_columns) * experts * down_splits(shape, 1)),
          streaming_threads, stream, down, given, reinterpret_cast<unsigned*>(counters),
          static_cast<Element*>(out));
 }
@@ -109,7 +108,7 @@ bool is_few(const LayerShape& shape) {
 }
 
 std::size_t few_bytes(const LayerShape& shape) {
-  return static_cast<std::size_t>(blocks(shape.hidden, down_columns)) * sizeof(unsigned);
+  return static_cast<std::size_t>(parts_of(shape.hidden, down_columns)) * sizeof(unsigned);
 }
 
 void compute_few(const LayerShape& given_shape, const GivenRouting& given,

@@ -4,6 +4,7 @@
 #include "expert_kernels.hpp"
 #include "few.cuh"
 #include "launch.cuh"
+#include "splits.hpp"
 
 namespace sida::cuda {
 namespace {
@@ -198,7 +199,7 @@ void launch_plan(const std::int32_t* ids, const float* weights, int assignments,
     const int threads = assignments <= 256 ? 256 : plan_warps * 32;
     plan_kernel<<<1, threads, 0, stream>>>(ids, weights, assignments, experts, plan);
   } else {
-    const int blocks = (assignments + chunk - 1) / chunk;
+    const int blocks = parts_of(assignments, chunk);
     count_kernel<<<blocks, chunk, 0, stream>>>(ids, weights, assignments, experts, plan);
     scan_kernel<<<1, chunk, 0, stream>>>(blocks, experts, plan);
     place_kernel<<<blocks, chunk, 0, stream>>>(ids, weights, assignments, experts, plan);
@@ -212,7 +213,7 @@ int assignments_of(const LayerShape& shape) { return shape.tokens * shape.top_k;
 std::size_t chunk_counts(const LayerShape& shape) {
   const int assignments = assignments_of(shape);
   if (assignments <= one_block) return 0;
-  return static_cast<std::size_t>((assignments + chunk - 1) / chunk) *
+  return static_cast<std::size_t>(parts_of(assignments, chunk)) *
          static_cast<std::size_t>(shape.experts + 1);
 }
 
@@ -262,7 +263,7 @@ void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRo
     few_kernel<<<1, 32, 0, stream>>>(shape, given, taken, plan);
   } else {
     if (taken.ids) {
-      const auto blocks = static_cast<unsigned>((assignments + take_threads - 1) / take_threads);
+      const auto blocks = static_cast<unsigned>(parts_of(assignments, take_threads));
       take_kernel<<<blocks, take_threads, 0, stream>>>(shape, given, taken);
     }
     launch_plan(taken.ids ? taken.ids : static_cast<const std::int32_t*>(given.ids),

@@ -18,6 +18,9 @@ constexpr int block_warps = 8;
 /// Rows of an expert up to which its down product is split over blocks.
 constexpr int split_rows = 8;
 
+/// Of how many parts of `each` a count is, the last of them perhaps smaller.
+SIDA_HOST_DEVICE constexpr int parts_of(int count, int each) { return (count + each - 1) / each; }
+
 /// Whether the kernels that stream 16-bit weights 16 bytes at a time take this shape: rows of
 /// weights must begin at multiples of 16 bytes.
 SIDA_HOST_DEVICE constexpr bool streams_weights(Dtype dtype, int hidden, int intermediate) {

@@ -8,8 +8,9 @@
 namespace sida::cuda {
 
 constexpr int streaming_threads = block_warps * 32;
-/// Output columns of a block of the down product with one stripe.
-constexpr int down_columns = 16;
+/// Outputs of a stripe of 16 weight rows.
+template <Phase phase>
+constexpr int stripe_outputs = phase == Phase::gated_up ? 8 : 16;
 
 /// 16 bytes of weights, read once: past L1, which inputs need more.
 __device__ inline uint4 load_weights(const void* address) {
@@ -49,7 +50,7 @@ template <class Element, Phase phase, int stripes, int tiles>
 __device__ __forceinline__ void stream_product(const Product& product, const StreamedPart& part) {
   using Task = ExpertProduct<Element, phase>;
   constexpr int batch = stripes == 1 ? 4 : 2;  // steps whose loads are under way together
-  constexpr int stripe_outputs = Task::gated ? 8 : 16;
+  constexpr int each = stripe_outputs<phase>;
   __shared__ float partial[block_warps][stripes * tiles * 128];
 
   // What the plan says has been written before the previous kernel let this one start, so a down
@@ -69,11 +70,11 @@ __device__ __forceinline__ void stream_product(const Product& product, const Str
   const int outputs = task.outputs(), depth = task.depth();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int group = thread % 32 / 4, quarter = thread % 4;
-  const int first_output = part.outputs * stripes * stripe_outputs;
+  const int first_output = part.outputs * stripes * each;
 
   const Element* rows[stripes][2];
   for (int s = 0; s < stripes; ++s) {
-    const int row = first_output + s * stripe_outputs + group;
+    const int row = first_output + s * each + group;
     const int last = outputs - 1;
     rows[s][0] = task.weights(min(row, last));
     rows[s][1] = task.weights(Task::gated ? outputs + min(row, last) : min(row + 8, last));
@@ -140,10 +141,10 @@ __device__ __forceinline__ void stream_product(const Product& product, const Str
           partial[warp][(s * tiles + n) * 128 + (2 * quarter + i % 2) * 16 + group + i / 2 * 8] =
               sums[s][n][i];
     __syncthreads();
-    for (int i = thread; i < stripes * tiles * 8 * stripe_outputs; i += streaming_threads) {
-      const int output = i % stripe_outputs, token = i / stripe_outputs % 8;
-      const int tile = i / (stripe_outputs * 8), s = tile / tiles, n = tile % tiles;
-      const int row = first + n * 8 + token, index = first_output + s * stripe_outputs + output;
+    for (int i = thread; i < stripes * tiles * 8 * each; i += streaming_threads) {
+      const int output = i % each, token = i / each % 8;
+      const int tile = i / (each * 8), s = tile / tiles, n = tile % tiles;
+      const int row = first + n * 8 + token, index = first_output + s * each + output;
       if (row >= expert.rows || index >= outputs) continue;
       const int at = tile * 128 + token * 16 + output;
       float sum = 0.0f, up = 0.0f;
