@@ -17,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,17 @@ def resident(
 
 
 def fewer(
-    handles: dict[str, sida.Offloaded], tokens: Tensor, peak: float, rounds: int
+    handles: Mapping[str, sida.Offloaded], ways: Mapping[str, Decoding], peak: float, rounds: int
 ) -> dict[str, Any]:
     """Time tokens of all handles in turns, the one named `resident` being what bounds the others.
+
+    `ways`, by the handles' names, read tokens of their models, here from the prompt on.
 
     Returns seconds of a token, by handle; of those that move experts also the seconds that the link
     needs for them, and how many times as long as its bound a token takes, by medians of the rounds.
     """
-    ways = {name: Decoding(off.model, tokens) for name, off in handles.items()}
+    for way in ways.values():
+        way.begin()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     moving: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(WARM_ROUNDS + rounds):
@@ -288,23 +292,25 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
             full.model, model, tokens, turns, LONG_PROMPT * top_k * slot
         )
         hidden_size = model.config.hidden_size
-        ways = {"sida": Blocks(full.model, hidden_size, device, None)} | {
+        blocks = {"sida": Blocks(full.model, hidden_size, device, None)} | {
             peer: Blocks(model, hidden_size, device, peer) for peer in ("grouped_mm", "batched_mm")
         }
-        result["alone"] = blocks_alone(ways, shape.layers, turns)
-        del ways
+        result["alone"] = blocks_alone(blocks, shape.layers, turns)
+        del blocks
         look_ahead = sida.offload(copy.deepcopy(model), memory=0.25, device=device)
         free_memory()
         plain = sida.offload(model, memory=0.25, device=device, predictor=False)  # no peer is left
         free_memory()
         with look_ahead, plain:
             rounds = max(4, turns // 2)
+            handles = {"resident": full, "no_prediction": plain, "look_ahead": look_ahead}
+            unread = tokens[:, LONG_PROMPT:]
+            ways = {who: Decoding(off.model, unread) for who, off in handles.items()}
             for share in SHARES:
                 for off in (look_ahead, plain):
                     off.resize(share)
                     off.model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)  # fills slots
-                handles = {"resident": full, "no_prediction": plain, "look_ahead": look_ahead}
-                few = fewer(handles, tokens[:, LONG_PROMPT:], peak, rounds)
+                few = fewer(handles, ways, peak, rounds)
                 few["prompt"] = prompts(full, look_ahead, tokens, peak, rounds)
                 result[f"{share:.0%}"] = few
     result["targets"] = targets(name, result)

@@ -68,8 +68,7 @@ def gpu_fewer(results: Results) -> str:
         for share, few in figures.items():
             if not share.endswith("%") or share.startswith("accelerate"):
                 continue
-            own = few.get("resident", figures["resident"]["sida"])
-            recorded, plain = few["recorded"], few["no_tables"]
+            own, recorded, plain = few["resident"], few["recorded"], few["no_tables"]
             rows.append(
                 (
                     batch,

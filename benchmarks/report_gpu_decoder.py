@@ -9,9 +9,10 @@ from typing import Any
 from report_tables import milliseconds, needs, table, targets_table
 
 Results = Mapping[str, Any]
-NAME = "cuda_decoder"
+NAME, COMPILED = "cuda_decoder", "cuda_compiled_decoder"
 PEERS = ("eager", "grouped_mm", "batched_mm")
 WAYS = {"no_prediction": "without prediction", "look_ahead": "look-ahead"}
+FEWER = ("a token", "hits", "R, ms", "M, ms", "ms", "/ (R + M)")
 
 
 @needs(NAME)
@@ -34,23 +35,8 @@ def gpu_decoder(results: Results) -> str:
 @needs(NAME)
 def gpu_decoder_fewer(results: Results) -> str:
     """A share of the experts on the GPU: a token's times against R + M."""
-    rows = []
-    for shape, found in results[NAME]["shapes"].items():
-        for share in _shares(found):
-            own = found[share]["resident"]["median"]
-            for way, what in WAYS.items():
-                few = found[share][way]
-                rows.append(
-                    (
-                        f"{shape}, {share}, {what}",
-                        f"{100 * few['hit_rate']:.0f} %",
-                        f"{1e3 * own:.1f}",
-                        f"{1e3 * few['moving']:.1f}",
-                        milliseconds(few),
-                        f"{few['over_bound']:.2f}",
-                    )
-                )
-    return table(("a token", "hits", "R, ms", "M, ms", "ms", "/ (R + M)"), rows)
+    shapes = results[NAME]["shapes"].items()
+    return table(FEWER, [row for shape, found in shapes for row in _fewer_rows(shape, found)])
 
 
 @needs(NAME)
@@ -84,11 +70,52 @@ def gpu_decoder_targets(results: Results) -> str:
     )
 
 
+@needs(COMPILED)
+def gpu_decoder_compiled(results: Results) -> str:
+    """Compiled steps: all experts on the GPU, a share of them, and the targets."""
+    rows, few_rows = [], []
+    for shape, found in results[COMPILED]["shapes"].items():
+        times = found["resident"]
+        figures = [milliseconds(times[way]) for way in ("sida", "sida_eager", *PEERS[1:])]
+        rows.append((shape, *figures, milliseconds(found["accelerate"])))
+        few_rows += _fewer_rows(shape, found)
+    head = ("", "sida, ms", "sida, not compiled, ms", "grouped_mm, ms", "batched_mm, ms")
+    targets = targets_table(results[COMPILED]["targets"])
+    return "\n\n".join(
+        (table((*head, "accelerate, not compiled, ms"), rows), table(FEWER, few_rows), targets)
+    )
+
+
+def _fewer_rows(shape: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for share in _shares(found):
+        own = found[share]["resident"]["median"]
+        for way, what in WAYS.items():
+            few = found[share][way]
+            rows.append(
+                (
+                    f"{shape}, {share}, {what}",
+                    f"{100 * few['hit_rate']:.0f} %",
+                    f"{1e3 * own:.1f}",
+                    f"{1e3 * few['moving']:.1f}",
+                    milliseconds(few),
+                    f"{few['over_bound']:.2f}",
+                )
+            )
+    return rows
+
+
 def _shares(found: Mapping[str, Any]) -> list[str]:
     return [name for name in found if name.endswith("%")]
 
 
 BLOCKS = {
     function.__name__.replace("_", "-"): function
-    for function in (gpu_decoder, gpu_decoder_fewer, gpu_decoder_alone, gpu_decoder_targets)
+    for function in (
+        gpu_decoder,
+        gpu_decoder_fewer,
+        gpu_decoder_alone,
+        gpu_decoder_targets,
+        gpu_decoder_compiled,
+    )
 }

@@ -167,8 +167,10 @@ class OffloadedExperts {
     if (!next_ids.shape.empty())
       scheduler_->look_ahead(layer_ + 1, choices_of(next_ids, routing.mask, config_.experts));
     std::vector<ExpertTask> tasks;
+    // A deferred call only begins the work, at a price for each wave.
+    constexpr bool begins_only = RoutedCall<B>::is_deferred;
     for (;;) {
-      auto leases = demand.next_ready();
+      auto leases = begins_only ? demand.next_ready(experts.size()) : demand.next_ready();
       if (leases.empty()) return;
       tasks.clear();
       for (const auto& lease : leases) {

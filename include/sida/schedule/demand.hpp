@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <span>
@@ -45,14 +46,18 @@ class Demand {
 
   /// Experts that are resident now, pinned: at least one; waits for it, and the wait is exposed
   /// stall. Empty when all were handed out. Earlier leases must have ended.
+  ///
+  /// While others are on their way, what was resident from the start comes in groups: small ones,
+  /// whose slots are soon free, where computing takes its time; `group` may be more where it is
+  /// only begun, and slots are given back at once.
   /// @throws what a load threw; StateError when the scheduler is closed meanwhile.
-  std::vector<Lease> next_ready() {
+  std::vector<Lease> next_ready(std::size_t group = LayerNeeds<Cache>::small_group) {
     std::unique_lock lock(cache_.mutex());
     expect_open();
     needs_.begin_wave();
     if (needs_.must_wait()) wait(lock);
     expect_open();
-    return needs_.take();
+    return needs_.take(group);
   }
 
  private:

@@ -26,6 +26,7 @@ class LayerNeeds {
  public:
   using Lease = typename Cache::Lease;
   using Queue = TransferQueue<Cache>;
+  static constexpr std::size_t small_group = 4;  ///< see take()
 
   LayerNeeds(Cache& cache, Queue& queue, std::int32_t layer)
       : cache_(cache),
@@ -95,15 +96,14 @@ class LayerNeeds {
     return awaited_->error != nullptr;
   }
 
-  /// The wave: empty when all were handed out. @throws what a load threw.
-  std::vector<Lease> take() {
+  /// The wave: empty when all were handed out, and of what was there from the start not more than
+  /// `group` as long as others wait for its slots. @throws what a load threw.
+  std::vector<Lease> take(std::size_t group) {
     if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
-    // What was waited for comes first, so that more can be loaded; then what was there, in small
-    // groups as long as others wait for its slots.
+    // What was waited for comes first, so that more can be loaded.
     std::vector<Lease> ready = std::move(awaited_->arrived);
     awaited_->arrived.clear();
     in_hand_ = std::ssize(ready);
-    constexpr std::size_t group = 4;
     while (!resident_.empty() && (awaited_->missing.empty() || ready.size() < group)) {
       ready.push_back(std::move(resident_.back()));
       resident_.pop_back();

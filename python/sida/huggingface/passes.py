@@ -27,7 +27,16 @@ EXPORTED = (
     "torch.export would leave the experts behind, which sida keeps: close() the handle and export "
     "the model as it was, or use torch.compile, which leaves them where they are"
 )
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces, by what `torch.compiler.is_exporting` returns.
+
+    That function itself is true of any graph that dynamo traces, before torch 2.13.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 DECODER_KEY = 0x9E3779B97F4A7C15
 """Tells a decoder's pass from an encoder's over the same tokens."""
 

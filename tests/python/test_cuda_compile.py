@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled models on a GPU: torch's kernels and CUDA graphs around experts that sida computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from family_models import make_family, make_prompt
+from gpu import needs_gpu
+from switch_models import relative, run
+
+import sida
+
+pytestmark = needs_gpu
+
+MEMORY = ["3 experts", 1.0]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_same_numbers_call_after_call(memory: Any, mode: str | None) -> None:
+    model = make_family("mixtral").to("cuda")
+    prompt = {name: value.to("cuda") for name, value in make_prompt().items()}
+    expected = run(model, prompt)
+    with sida.offload(model, memory=memory, device="cuda") as off:
+        graph = torch.compile(off.model, fullgraph=True, mode=mode)
+        for _ in range(4):  # the first ones warm up, then a CUDA graph is recorded, then replayed
+            assert relative(run(graph, prompt).clone(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_same_tokens_from_generate_with_a_static_cache(memory: Any) -> None:
+    model = make_family("qwen3_moe").to("cuda")
+    prompt = {name: value.to("cuda") for name, value in make_prompt().items()}
+    expected = model.generate(**prompt, do_sample=False, max_new_tokens=8)
+    with sida.offload(model, memory=memory, device="cuda") as off:
+        for _ in range(2):
+            got = off.model.generate(
+                **prompt, do_sample=False, max_new_tokens=8, cache_implementation="static"
+            )
+            assert torch.equal(got, expected)
+        assert off.model._compiled_call is not None
+        assert off.stats()["uses"] > 0
