@@ -73,7 +73,8 @@ def gpu_decoder_targets(results: Results) -> str:
 @needs(COMPILED)
 def gpu_decoder_compiled(results: Results) -> str:
     """Compiled steps: all experts on the GPU, a share of them, and the targets."""
-    rows, few_rows = [], []
+    rows: list[tuple[str, ...]] = []
+    few_rows: list[tuple[str, ...]] = []
     for shape, found in results[COMPILED]["shapes"].items():
         times = found["resident"]
         figures = [milliseconds(times[way]) for way in ("sida", "sida_eager", *PEERS[1:])]
@@ -87,7 +88,7 @@ def gpu_decoder_compiled(results: Results) -> str:
 
 
 def _fewer_rows(shape: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for share in _shares(found):
         own = found[share]["resident"]["median"]
         for way, what in WAYS.items():

@@ -27,6 +27,8 @@ EXPORTED = (
     "torch.export would leave the experts behind, which sida keeps: close() the handle and export "
     "the model as it was, or use torch.compile, which leaves them where they are"
 )
+DECODER_KEY = 0x9E3779B97F4A7C15
+"""Tells a decoder's pass from an encoder's over the same tokens."""
 
 
 def is_exporting() -> bool:
@@ -35,10 +37,6 @@ def is_exporting() -> bool:
     That function itself is true of any graph that dynamo traces, before torch 2.13.
     """
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-
-
-DECODER_KEY = 0x9E3779B97F4A7C15
-"""Tells a decoder's pass from an encoder's over the same tokens."""
 
 
 def empty_table(layers: int, key: int) -> HashTable:
