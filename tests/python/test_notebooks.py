@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 PLOTS = {
     "decoder": 3,  # timeline, heat map, hit rates
+    "gpu": 2,  # timeline and times
     "policies": 2,  # bytes and stalls
     "quickstart": 2,  # timeline and hit rates
 }
