@@ -25,11 +25,12 @@ import harness
 import numpy as np
 import torch
 from decoder_models import SHAPES, SMALL, Shape, half_on_host, make_decoder, text
-from gpu_timing import finished, gpu, link_peak, wait
+from gpu_timing import ANY_SPREAD, finished, gpu, link_peak, wait
 from torch import Tensor
 
 import sida
 
+NAME = "cuda/decoder"
 SHARES = (0.75, 0.5, 0.25)
 PROMPT, LONG_PROMPT = 32, 512
 WARM = 24
@@ -360,8 +361,8 @@ def targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def measure(options: Any) -> dict[str, Any]:
     """Return the figures of the shapes that were asked for, beside those recorded before."""
-    path: Path = options.json
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recorded = harness.RESULTS / f"{NAME}.json"
+    before = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
     shapes: dict[str, Any] = dict(before.get("shapes", {}))
     for name in options.shape or SHAPES:
         shape = SHAPES[name]
@@ -371,18 +372,12 @@ def measure(options: Any) -> dict[str, Any]:
         origin = harness.provenance()
         shapes[name] = {key: origin[key] for key in ("commit", "command", "date")}
         shapes[name] |= measure_shape(name, shape, options)
-    results = {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
-    content = json.dumps({**harness.provenance(), **results}, indent=1) + "\n"
-    path.write_text(content, encoding="utf-8")
-    return results
+    return {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
 
 
 def all_targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the targets of all shapes."""
     return [target for name in SHAPES if name in shapes for target in shapes[name]["targets"]]
-
-
-NAME = "cuda_decoder"
 
 
 def main() -> None:
@@ -391,20 +386,12 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", choices=list(SHAPES), help="these alone")
     parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=harness.RESULTS / "cuda" / "decoder.json",
-        help="where results go, beside those of other shapes there, on a busy machine too: spreads "
-        "stand in it (default: %(default)s)",
-    )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     # cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length, 3 ms a
     # layer: whoever reads a length first would pay for all who read it later.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    options.anyway = True  # a shared host's clock varies, and what is recorded says how much
-    harness.run(NAME, options, lambda: measure(options))
+    harness.run(NAME, options, lambda: measure(options), spread=ANY_SPREAD)
 
 
 if __name__ == "__main__":

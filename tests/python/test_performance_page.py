@@ -99,7 +99,16 @@ def test_decoders_on_a_gpu_are_shown_with_what_they_miss() -> None:
         "50%": {"resident": took(0.007), "no_prediction": few, "look_ahead": few, "prompt": few},
     }
     target = {"what": "a token, time / (R + M)", "figure": 1.25, "at_most": 1.1, "met": False}
-    results = {"cuda_decoder": {"shapes": {"olmoe": decoder}, "targets": [target]}}
+    ways = ("sida", "sida_eager", "grouped_mm", "batched_mm")
+    compiled = {
+        "accelerate": took(1),
+        "resident": {who: took(0.003) for who in ways},
+        "25%": {"resident": took(0.004), "no_prediction": few, "look_ahead": few},
+    }
+    results = {
+        "cuda_decoder": {"shapes": {"olmoe": decoder}, "targets": [target]},
+        "cuda_compiled_decoder": {"shapes": {"olmoe": compiled}, "targets": [target]},
+    }
     blocks = load("report_gpu_decoder").BLOCKS
     page = "".join(block(results) for block in blocks.values())
     same = "8.00 (4.00) | 8.00 (4.00) | 8.00 (4.00) | 8.00 (4.00) | 1000.00 (500.00)"
@@ -107,6 +116,9 @@ def test_decoders_on_a_gpu_are_shown_with_what_they_miss() -> None:
     assert "| olmoe, 50%, look-ahead | 75 % | 7.0 | 2.0 | 12.00 (6.00) | 1.25 |" in page
     assert "a prompt of 512 | 20.00 (10.00) | 20.00 (10.00) | 20.00 (10.00) |  |" in page
     assert "| olmoe, experts, calling thread | 90 | 90 | 90 |" in page
+    same = "3.00 (1.50) | 3.00 (1.50) | 3.00 (1.50) | 3.00 (1.50) | 1000.00 (500.00)"
+    assert f"| olmoe | {same} |" in page
+    assert "| olmoe, 25%, look-ahead | 75 % | 4.0 | 2.0 | 12.00 (6.00) | 1.25 |" in page
     assert "has 35 % (olmoe) of its uses" in page and "1 of 1 are missed" in page
     assert "| a token, time / (R + M) | 1.25 | ≤ 1.1 | **no** |" in page
 
