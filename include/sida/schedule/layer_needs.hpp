@@ -70,11 +70,11 @@ class LayerNeeds {
     --queue_.calls();
     queue_.abandon(awaited_);
     dropped_.swap(awaited_->arrived);  // ends with this, after the lock
-    queue_.wake();
   }
 
   /// What was handed out is computed.
   void begin_wave() {
+    if (handed_out_.empty()) return;
     for (const ExpertId id : handed_out_) cache_.forecast().done(id);
     handed_out_.clear();
     awaited_->backlog -= std::exchange(in_hand_, 0);

@@ -136,7 +136,7 @@ class OffloadScheduler {
     const std::lock_guard lock(cache_.mutex());
     begin_locked(std::move(built->table), key, {});
     steps_.begin_announced(built->first_step);
-    cache_.changed().notify_all();
+    transfers_.queue().wake();
     return true;
   }
 
@@ -171,7 +171,7 @@ class OffloadScheduler {
     const bool has_table = table.has_value();
     begin_locked(std::move(table), key, mask);
     steps_.begin_unannounced(std::move(plan), has_table);
-    cache_.changed().notify_all();
+    transfers_.queue().wake();
   }
 
   /// Gives the pass at hand its mask (nonzero: token), for a table that was built ahead.
@@ -217,7 +217,7 @@ class OffloadScheduler {
     const auto mine = turn();
     const std::lock_guard lock(cache_.mutex());
     transfers_.queue().look_ahead().foretell({layer, steps_.first() + layer}, choices);
-    cache_.changed().notify_all();
+    transfers_.queue().wake();
   }
 
   /// Counts a layer call that needed experts of a layer that stays, see ExpertCache::kept_locked;
@@ -312,7 +312,7 @@ class OffloadScheduler {
     OffloadPlan plan = plan_of(table);
     const std::lock_guard lock(cache_.mutex());
     const std::int64_t first_step = steps_.announce(std::move(plan));
-    cache_.changed().notify_all();
+    transfers_.queue().wake();
     return first_step;
   }
 
@@ -335,7 +335,7 @@ class OffloadScheduler {
     table_.reset();
     mask_.clear();
     steps_.end();
-    cache_.changed().notify_all();
+    transfers_.queue().wake();
   }
 
   Cache& cache_;

@@ -34,6 +34,10 @@ class PrefetchQueue {
   double threshold() const noexcept { return threshold_; }
   /// Whether nothing is foretold.
   bool empty() const noexcept { return uses_.empty(); }
+  /// Whether some foretold use may find its expert absent.
+  bool has_work() const noexcept {
+    return scanned_ < uses_.size() || (!empty() && regretted_ != cache_.regretted_locked());
+  }
 
   void add(OffloadPlan plan) {
     std::erase_if(plan, [&](const PlannedUse& use) { return use.probability < threshold_; });

@@ -99,8 +99,12 @@ class RouterLookAhead {
     uses_.clear();
   }
 
-  /// Whether nothing is to be brought early.
-  bool empty() const noexcept { return uses_.empty(); }
+  /// Whether some expert that is to be brought early is absent.
+  bool has_work() const {
+    return std::ranges::any_of(uses_, [&](const PlannedUse& use) {
+      return cache_.residency_locked(use.id) == Cache::Residency::absent;
+    });
+  }
 
   /// Whether the expert is to be brought early.
   bool names(ExpertId id) const {

@@ -82,7 +82,8 @@ class TransferQueue {
   /// Forgets the demands of a call that is not waiting any more.
   void abandon(const std::shared_ptr<Awaited>& awaited) {
     awaited->abandoned = true;
-    std::erase_if(demands_, [&](const Request& request) { return request.awaited == awaited; });
+    const auto is_of_it = [&](const Request& request) { return request.awaited == awaited; };
+    if (std::erase_if(demands_, is_of_it) > 0) wake();  // prefetches waited for them
   }
 
   /// Begins the load that comes next; null if there is none, or no slot for it.
@@ -139,10 +140,10 @@ class TransferQueue {
   }
 
   bool has_demands() const noexcept { return !demands_.empty(); }
-  /// Wakes who transfers, where anything is asked for: with all experts there, a layer call wakes
-  /// nobody, who would compete with it for the lock.
+  /// Wakes who transfers, where something is missing: nobody is woken for nothing, who would
+  /// compete with a layer call for the lock.
   void wake() {
-    if (!demands_.empty() || !prefetches_.empty() || !look_ahead_.empty())
+    if (!demands_.empty() || prefetches_.has_work() || look_ahead_.has_work())
       cache_.changed().notify_all();
   }
   /// True if nothing is on the way to a call that waits, and nothing can be: no load is under way
