@@ -8,7 +8,6 @@ accelerate's hooks cannot be compiled; it runs as there.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import harness
@@ -24,15 +23,16 @@ from cuda_decoder import (
     WARM_ROUNDS,
     Decoding,
     accelerated,
-    bring_all,
+    all_resident,
+    each_share,
     fewer,
     free_memory,
+    run,
+    with_fewer,
 )
-from decoder_models import SHAPES, SMALL, Shape, make_decoder, text
-from gpu_timing import ANY_SPREAD, gpu, link_peak
+from decoder_models import Shape, make_decoder, text
+from gpu_timing import link_peak
 from torch import Tensor
-
-import sida
 
 NAME = "cuda/compiled_decoder"
 
@@ -87,6 +87,7 @@ def resident(
 
 def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
     """Return the figures of one shape."""
+    torch.compiler.reset()
     free_memory()  # of the shape before
     device, turns = options.device, options.repetitions
     rounds = max(4, turns // 2)
@@ -99,25 +100,17 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
         "accelerate": accelerated(model, tokens, device)["token"],
     }
     free_memory()
-    full = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
-    with full:
-        total, top_k = full.stats()["total_experts"], model.config.num_experts_per_tok
-        bring_all(full, total // shape.layers, top_k)
+    with all_resident(model, device) as full:
         own = Compiled(full.model, tokens, length)
         eager = Decoding(full.model, tokens)
         result["resident"] = resident(own, eager, model, tokens, length, turns)
-        look_ahead = sida.offload(copy.deepcopy(model), memory=0.25, device=device)
-        free_memory()
-        plain = sida.offload(model, memory=0.25, device=device, predictor=False)  # no peer is left
-        free_memory()
-        with look_ahead, plain:
-            handles = {"resident": full, "no_prediction": plain, "look_ahead": look_ahead}
-            ways = {who: Compiled(off.model, tokens, length) for who, off in handles.items()}
-            for share in SHARES:
-                for off in (look_ahead, plain):
-                    off.resize(share)
-                    off.model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)  # fills slots
-                result[f"{share:.0%}"] = fewer(handles, ways, peak, rounds)
+        with with_fewer(full, model, device) as handles:
+            ways = {"resident": own} | {
+                who: Compiled(handles[who].model, tokens, length)
+                for who in ("no_prediction", "look_ahead")
+            }
+            for share in each_share(handles, tokens):
+                result[share] = fewer(handles, ways, peak, rounds)
     result["targets"] = targets(name, result)
     return result
 
@@ -147,31 +140,5 @@ def targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     return kept
 
 
-def measure(options: Any) -> dict[str, Any]:
-    """Return the figures of the shapes that were asked for."""
-    shapes = {}
-    for name in options.shape:
-        shape = SHAPES[name]
-        if options.small:
-            small = {key: value for key, value in SMALL.items() if key in shape.config}
-            shape = Shape(shape.family, {**shape.config, **small})
-        shapes[name] = measure_shape(name, shape, options)
-        torch.compiler.reset()
-    kept = [target for found in shapes.values() for target in found["targets"]]
-    return {"gpu": gpu(), "shapes": shapes, "targets": kept}
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = harness.arguments(__doc__)
-    parser.add_argument("--shape", nargs="*", choices=list(SHAPES), default=["qwen3-30b"])
-    parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark")
-    options = parser.parse_args()
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # see cuda_decoder.py
-    harness.run(NAME, options, lambda: measure(options), spread=ANY_SPREAD)
-
-
 if __name__ == "__main__":
-    main()
+    run(NAME, __doc__, measure_shape, ["qwen3-30b"])

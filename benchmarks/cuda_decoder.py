@@ -17,7 +17,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor
 import sida
 
 NAME = "cuda/decoder"
+MeasureShape = Callable[[str, Shape, Any], dict[str, Any]]
 SHARES = (0.75, 0.5, 0.25)
 PROMPT, LONG_PROMPT = 32, 512
 WARM = 24
@@ -256,17 +258,47 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def bring_all(off: sida.Offloaded, experts: int, top_k: int) -> None:
+def bring_all(off: sida.Offloaded) -> None:
     """Call every layer with choices that name each expert, so that all are resident."""
     model: Any = off.model
     for layer in model.model.layers:
         rows = layer.mlp.gate.weight
-        ids = torch.arange(experts, device=rows.device).view(-1, top_k)
+        ids = torch.arange(len(rows), device=rows.device).view(-1, model.config.num_experts_per_tok)
         hidden = torch.zeros(len(ids), rows.shape[1], dtype=rows.dtype, device=rows.device)
         layer.mlp.experts(hidden, ids, torch.ones(ids.shape, device=rows.device))
     stats = off.stats()
     if stats["resident_experts"] < stats["total_experts"]:
         raise RuntimeError(f"expected all experts to be resident, got\n{stats}")
+
+
+def all_resident(model: Any, device: str) -> sida.Offloaded:
+    """Return a handle of a copy, with all experts resident."""
+    off = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
+    free_memory()
+    bring_all(off)
+    return off
+
+
+@contextmanager
+def with_fewer(
+    full: sida.Offloaded, model: Any, device: str
+) -> Iterator[dict[str, sida.Offloaded]]:
+    """Yield the handles that `fewer` times; `model` itself is taken, so that no peer is left."""
+    look_ahead = sida.offload(copy.deepcopy(model), memory=0.25, device=device)
+    free_memory()
+    plain = sida.offload(model, memory=0.25, device=device, predictor=False)
+    free_memory()
+    with look_ahead, plain:
+        yield {"resident": full, "no_prediction": plain, "look_ahead": look_ahead}
+
+
+def each_share(handles: Mapping[str, sida.Offloaded], tokens: Tensor) -> Iterator[str]:
+    """Yield the name of each share, when the handles of fewer have it and their slots are full."""
+    for share in SHARES:
+        for name in ("look_ahead", "no_prediction"):
+            handles[name].resize(share)
+            handles[name].model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)
+        yield f"{share:.0%}"
 
 
 def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
@@ -282,11 +314,8 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
         "accelerate": accelerated(model, tokens, device),
     }
     free_memory()
-    full = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
-    free_memory()
-    with full:
+    with all_resident(model, device) as full:
         top_k, slot = model.config.num_experts_per_tok, full.stats()["slot_bytes"]
-        bring_all(full, full.stats()["total_experts"] // shape.layers, top_k)
         result["most_used_tenth"] = skew(full, tokens[:, :2048])
         result["expert_bytes"], result["top_k"] = slot, top_k
         result["resident"], result["prompt_resident"] = resident(
@@ -298,22 +327,14 @@ def measure_shape(name: str, shape: Shape, options: Any) -> dict[str, Any]:
         }
         result["alone"] = blocks_alone(blocks, shape.layers, turns)
         del blocks
-        look_ahead = sida.offload(copy.deepcopy(model), memory=0.25, device=device)
-        free_memory()
-        plain = sida.offload(model, memory=0.25, device=device, predictor=False)  # no peer is left
-        free_memory()
-        with look_ahead, plain:
+        with with_fewer(full, model, device) as handles:
             rounds = max(4, turns // 2)
-            handles = {"resident": full, "no_prediction": plain, "look_ahead": look_ahead}
             unread = tokens[:, LONG_PROMPT:]
             ways = {who: Decoding(off.model, unread) for who, off in handles.items()}
-            for share in SHARES:
-                for off in (look_ahead, plain):
-                    off.resize(share)
-                    off.model(input_ids=tokens[:, :LONG_PROMPT], use_cache=False)  # fills slots
+            for share in each_share(handles, tokens):
                 few = fewer(handles, ways, peak, rounds)
-                few["prompt"] = prompts(full, look_ahead, tokens, peak, rounds)
-                result[f"{share:.0%}"] = few
+                few["prompt"] = prompts(full, handles["look_ahead"], tokens, peak, rounds)
+                result[share] = few
     result["targets"] = targets(name, result)
     return result
 
@@ -359,19 +380,19 @@ def targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     return kept
 
 
-def measure(options: Any) -> dict[str, Any]:
+def measure(name: str, options: Any, measure_shape: MeasureShape) -> dict[str, Any]:
     """Return the figures of the shapes that were asked for, beside those recorded before."""
-    recorded = harness.RESULTS / f"{NAME}.json"
+    recorded = harness.RESULTS / f"{name}.json"
     before = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
     shapes: dict[str, Any] = dict(before.get("shapes", {}))
-    for name in options.shape or SHAPES:
-        shape = SHAPES[name]
+    for shape_name in options.shape:
+        shape = SHAPES[shape_name]
         if options.small:
             small = {key: value for key, value in SMALL.items() if key in shape.config}
             shape = Shape(shape.family, {**shape.config, **small})
         origin = harness.provenance()
-        shapes[name] = {key: origin[key] for key in ("commit", "command", "date")}
-        shapes[name] |= measure_shape(name, shape, options)
+        shapes[shape_name] = {key: origin[key] for key in ("commit", "command", "date")}
+        shapes[shape_name] |= measure_shape(shape_name, shape, options)
     return {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
 
 
@@ -380,19 +401,29 @@ def all_targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
     return [target for name in SHAPES if name in shapes for target in shapes[name]["targets"]]
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = harness.arguments(__doc__)
+def run(
+    name: str, description: str | None, measure_shape: MeasureShape, default: list[str]
+) -> None:
+    """Run the command line of a benchmark that measures shapes one by one.
+
+    Args:
+        name: Of the benchmark, see `harness.run`.
+        description: What it says of itself.
+        measure_shape: Returns the figures of a shape, by its name, itself and the options.
+        default: Shapes that are measured where none are named.
+    """
+    parser = harness.arguments(description)
     parser.add_argument("--shape", nargs="*", choices=list(SHAPES), help="these alone")
     parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark")
     options = parser.parse_args()
+    options.shape = options.shape or default
     torch.set_grad_enabled(False)
     # cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length, 3 ms a
     # layer: whoever reads a length first would pay for all who read it later.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    harness.run(NAME, options, lambda: measure(options), spread=ANY_SPREAD)
+    harness.run(name, options, lambda: measure(name, options, measure_shape), spread=ANY_SPREAD)
 
 
 if __name__ == "__main__":
-    main()
+    run(NAME, __doc__, measure_shape, list(SHAPES))

@@ -2,6 +2,7 @@
 """Settings that all tests share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -19,3 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         used = {getattr(value, "__module__", None) for value in vars(item.module).values()}
         if "family_models" in used:
             item.add_marker("families")
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """What torch compiled for one test is not there for the next."""
+    torch = pytest.importorskip("torch")
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether tests on a GPU can run, and why not."""
+"""Whether tests on a GPU can run, and why not; what they bring there."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,8 @@ def _reason() -> str:
 
 REASON = _reason()
 needs_gpu = pytest.mark.skipif(bool(REASON), reason=REASON or "-")
+
+
+def on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch's tensors, on the GPU."""
+    return {name: value.to("cuda") for name, value in batch.items()}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,28 +11,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from family_models import make_family, make_prompt
-from gpu import needs_gpu
+from gpu import needs_gpu, on_gpu
 from switch_models import relative, run
 
 import sida
 
-pytestmark = needs_gpu
+pytestmark = [needs_gpu, pytest.mark.usefixtures("nothing_compiled")]
 
 MEMORY = ["3 experts", 1.0]
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("memory", MEMORY)
 def test_same_numbers_call_after_call(memory: Any, mode: str | None) -> None:
     model = make_family("mixtral").to("cuda")
-    prompt = {name: value.to("cuda") for name, value in make_prompt().items()}
+    prompt = on_gpu(make_prompt())
     expected = run(model, prompt)
     with sida.offload(model, memory=memory, device="cuda") as off:
         graph = torch.compile(off.model, fullgraph=True, mode=mode)
@@ -44,7 +36,7 @@ def test_same_numbers_call_after_call(memory: Any, mode: str | None) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_same_tokens_from_generate_with_a_static_cache(memory: Any) -> None:
     model = make_family("qwen3_moe").to("cuda")
-    prompt = {name: value.to("cuda") for name, value in make_prompt().items()}
+    prompt = on_gpu(make_prompt())
     expected = model.generate(**prompt, do_sample=False, max_new_tokens=8)
     with sida.offload(model, memory=memory, device="cuda") as off:
         for _ in range(2):

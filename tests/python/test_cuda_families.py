@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from family_models import MODELS, generate, make_inputs, make_model
-from gpu import needs_gpu
+from gpu import needs_gpu, on_gpu
 from own_modules import ADAPTERS, make_ids, make_own
 from safetensors.torch import load_file
 from switch_models import experts_of, relative, run
@@ -29,9 +29,7 @@ def test_offload_and_from_pretrained(family: str, tmp_path: Path) -> None:
     model = make_model(family)
     model.save_pretrained(tmp_path)
     model = model.to("cuda")
-    batch, prompt = (
-        {name: value.to("cuda") for name, value in inputs.items()} for inputs in make_inputs(family)
-    )
+    batch, prompt = (on_gpu(inputs) for inputs in make_inputs(family))
     expected, tokens = run(model, batch), generate(model, prompt)
     before = {name: weight.clone() for name, weight in experts_of(model).items()}
     for memory in ("1 expert", 0.25, 1.0):

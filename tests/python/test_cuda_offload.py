@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from gpu import needs_gpu
+from gpu import needs_gpu, on_gpu
 from switch_models import (
     decoder_inputs,
     experts_of,
@@ -36,10 +36,6 @@ KINDS = {
     "with a head": (make_seq2seq, decoder_inputs),
 }
 DTYPES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to("cuda") for name, value in batch.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from gpu import needs_gpu
+from gpu import needs_gpu, on_gpu
 from switch_models import make_batch, make_batches, make_encoder, relative, run
 
 import sida
@@ -197,15 +197,15 @@ def test_a_model_on_a_gpu_with_its_predictor(kind: str, predictor_on: str, tmp_p
     with sida.offload(
         model, memory=0.2, device="cuda", predictor=predictor, routing="predicted"
     ) as off:
-        on_gpu = [{name: value.to("cuda") for name, value in b.items()} for b in batches]
-        for got, wanted in zip(off.map(on_gpu, lambda m, b: run(m, b)), expected, strict=True):
+        there = [on_gpu(batch) for batch in batches]
+        for got, wanted in zip(off.map(there, lambda m, b: run(m, b)), expected, strict=True):
             assert relative(got.cpu(), wanted) <= 1e-3
-        for got, wanted in zip((run(off.model, b) for b in on_gpu), expected, strict=True):
+        for got, wanted in zip((run(off.model, b) for b in there), expected, strict=True):
             assert relative(got.cpu(), wanted) <= 1e-3
 
 
 def test_exact_routing_has_the_same_bits_with_a_predictor_on_either(tmp_path: Path) -> None:
-    model, batch = make_encoder(), {n: v.to("cuda") for n, v in make_batch().items()}
+    model, batch = make_encoder(), on_gpu(make_batch())
     predictor = sida.train_predictor(model, make_batches(3), steps=5)
     predictor.save(tmp_path / "predictor")
     with sida.offload(model, memory=1.0, device="cuda") as off:
