@@ -69,8 +69,9 @@ HashTable table_for_all(std::int32_t layers, std::int32_t experts) {
 }
 
 struct Engine {
-  Engine(CudaBackend& backend, std::size_t slab, std::size_t chunk, int threads)
-      : cache(backend,
+  Engine(CudaBackend& used, std::size_t slab, std::size_t chunk, int threads)
+      : backend(used),
+        cache(backend,
               std::make_shared<PinnedStore>(backend, std::make_shared<ZeroStore>(2, 64, slab),
                                             128 * slab, FillReport{}, 16),
               Budget::experts(80)),
@@ -85,10 +86,11 @@ struct Engine {
   double demand(std::int32_t layer, const std::vector<std::int32_t>& experts) {
     const auto begin = Clock::now();
     auto demand = scheduler.demand(layer, experts, {}, false);
-    while (!demand.next_ready().empty()) {
-    }
+    for (auto leases = demand.next_ready(); !leases.empty(); leases = demand.next_ready())
+      for (const auto& lease : leases) backend.synchronize(lease.arrival());
     return seconds_since(begin);
   }
+  CudaBackend& backend;
   ExpertCache<CudaBackend, LruPolicy> cache;
   OffloadScheduler<CudaBackend, LruPolicy> scheduler;
 };

@@ -120,10 +120,10 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
   std::uint64_t key() const override { return here().key(); }
   CacheStats stats() const override { return here().stats(); }
   void reset_stats() override { here().reset_stats(); }
-  std::vector<TraceEvent> trace() override { return here().trace().events(); }
+  std::vector<TraceEvent> trace() override { return here().traced(); }
   HashTable recorded() override { return here().recorded(); }
   RunTimes times() override {
-    return run_times(here().trace().events(), here().layers(), here().cache().slot_bytes());
+    return run_times(here().traced(), here().layers(), here().cache().slot_bytes());
   }
   void resize(const Budget& budget) override { here().resize(budget); }
   void close() override {

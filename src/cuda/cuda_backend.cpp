@@ -46,6 +46,13 @@ std::string driver_message(cudaError_t status) {
   }
 }
 
+bool is_recorded_complete(cudaEvent_t event) {
+  const cudaError_t status = cudaEventQuery(event);
+  if (status == cudaErrorNotReady) return false;
+  check(status, "finish work on the GPU");
+  return true;
+}
+
 // Each page is written once, by several threads: faulting pages in is what takes the time.
 void touch(std::byte* data, std::size_t bytes, int threads) {
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
@@ -84,7 +91,7 @@ class CudaBackend::Events {
         return event;
       }
     }
-    return backend.make_event();
+    return backend.make_event(cudaEventDefault);
   }
   void give_back(Event event) noexcept {
     const std::lock_guard lock(mutex_);
@@ -232,10 +239,12 @@ CudaBackend::Stream CudaBackend::make_urgent_stream() {
   return stream;
 }
 
-CudaBackend::Event CudaBackend::make_event() {
+CudaBackend::Event CudaBackend::make_event() { return make_event(cudaEventDisableTiming); }
+
+CudaBackend::Event CudaBackend::make_event(unsigned flags) {
   const DeviceScope scope(device_);
   cudaEvent_t handle = nullptr;
-  check(cudaEventCreateWithFlags(&handle, cudaEventDisableTiming), "make an event");
+  check(cudaEventCreateWithFlags(&handle, flags), "make an event");
   Event event;
   event.handle_.reset(handle);
   return event;
@@ -257,12 +266,7 @@ void CudaBackend::wait(Stream& stream, Event& event) {
   check(cudaStreamWaitEvent(stream.native(), event.native(), 0), "wait for an event");
 }
 
-bool CudaBackend::is_complete(Event& event) {
-  const cudaError_t status = cudaEventQuery(event.native());
-  if (status == cudaErrorNotReady) return false;
-  check(status, "finish work on the GPU");
-  return true;
-}
+bool CudaBackend::is_complete(Event& event) { return is_recorded_complete(event.native()); }
 
 void CudaBackend::synchronize(Event& event) {
   check(cudaEventSynchronize(event.native()), "finish work on the GPU");
@@ -301,6 +305,22 @@ void CudaBackend::synchronize(const Fence& fence) {
   };
   if (fence.mark_) finish(*fence.mark_);
   for (const auto& mark : fence.others_) finish(*mark);
+}
+
+bool CudaBackend::is_complete(const Fence& fence) {
+  const auto is_passed = [](const std::shared_ptr<const Fence::Mark>& mark) {
+    return is_recorded_complete(mark->event.native());
+  };
+  return (!fence.mark_ || is_passed(fence.mark_)) &&
+         std::all_of(fence.others_.begin(), fence.others_.end(), is_passed);
+}
+
+double CudaBackend::seconds_between(const Fence& from, const Fence& to) const {
+  SIDA_EXPECTS(from.mark_ && to.mark_, "seconds_between: expected two fences that were recorded");
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, from.mark_->event.native(), to.mark_->event.native()),
+        "ask for the time between two events");
+  return static_cast<double>(milliseconds) * 1e-3;
 }
 
 void CudaBackend::finish(Stream& stream) noexcept {

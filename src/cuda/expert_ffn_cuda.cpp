@@ -112,6 +112,7 @@ class ExpertFfn<CudaBackend>::Call {
     uploads_.send(slots_.data(), slot_bytes(), stream_);
     launch_experts(arena, slots_);
   }
+  bool is_passed(const CudaBackend::Fence& fence) const { return backend_.is_complete(fence); }
   void wait(const CudaBackend::Fence& arrival) { backend_.wait(stream_, arrival); }
   CudaBackend::Fence readers() { return backend_.fence(stream_); }
 
@@ -334,6 +335,9 @@ void ExpertFfn<CudaBackend>::begin(const ConstTensorView& hidden, const Routing&
 const std::vector<std::int32_t>& ExpertFfn<CudaBackend>::experts() { return call_->experts(); }
 std::vector<std::uint8_t> ExpertFfn<CudaBackend>::counted() const { return call_->counted(); }
 void ExpertFfn<CudaBackend>::compute(std::span<const ExpertTask> tasks) { call_->compute(tasks); }
+bool ExpertFfn<CudaBackend>::is_passed(const CudaBackend::Fence& fence) const {
+  return call_->is_passed(fence);
+}
 void ExpertFfn<CudaBackend>::wait(const CudaBackend::Fence& arrival) { call_->wait(arrival); }
 CudaBackend::Fence ExpertFfn<CudaBackend>::readers() { return call_->readers(); }
 std::shared_ptr<const KeptExperts<CudaBackend>> ExpertFfn<CudaBackend>::keep(

@@ -55,9 +55,11 @@ struct OnGpu {
     for (;;) {
       const auto leases = demand.next_ready();
       if (leases.empty()) return seen == expected;
-      for (const auto& lease : leases)
+      for (const auto& lease : leases) {
+        backend.synchronize(lease.arrival());
         seen[static_cast<std::size_t>(lease.id().expert)] +=
             holds(lease.id(), lease.slab()) ? 1 : 1000;
+      }
     }
   }
 

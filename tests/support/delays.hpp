@@ -69,13 +69,15 @@ template <>
 class SlabLoader<test::DelayedBackend> {
  public:
   static constexpr bool splits_awaited = SlabLoader<CpuBackend>::splits_awaited;
+  static constexpr bool may_only_begin = false;
 
   explicit SlabLoader(test::DelayedBackend& backend) noexcept : loader_(backend) {}
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
-            const CpuBackend::Fence& readers, bool is_awaited) const {
+  CpuBackend::Fence load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
+                         std::byte* slab, const CpuBackend::Fence& readers, bool is_awaited) const {
     test::Delays::here();
-    loader_.load(store, id, offset, bytes, slab, readers, is_awaited);
+    const auto arrival = loader_.load(store, id, offset, bytes, slab, readers, is_awaited);
     test::Delays::here();
+    return arrival;
   }
 
  private:

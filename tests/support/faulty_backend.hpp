@@ -37,14 +37,16 @@ template <>
 class SlabLoader<test::FaultyBackend> {
  public:
   static constexpr bool splits_awaited = SlabLoader<CpuBackend>::splits_awaited;
+  static constexpr bool may_only_begin = false;
 
   explicit SlabLoader(test::FaultyBackend& backend) noexcept
       : backend_(backend), loader_(backend) {}
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
-            const CpuBackend::Fence& readers, bool is_awaited) const {
+  CpuBackend::Fence load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
+                         std::byte* slab, const CpuBackend::Fence& readers, bool is_awaited) const {
     backend_.strike(test::Fault::copy);
-    loader_.load(store, id, offset, bytes, slab, readers, is_awaited);
+    const auto arrival = loader_.load(store, id, offset, bytes, slab, readers, is_awaited);
     backend_.synchronize(readers);
+    return arrival;
   }
 
  private:

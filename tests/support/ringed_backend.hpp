@@ -44,14 +44,16 @@ template <>
 class SlabLoader<test::RingedBackend> {
  public:
   static constexpr bool splits_awaited = false;
+  static constexpr bool may_only_begin = false;
 
   explicit SlabLoader(test::RingedBackend&) noexcept {}
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
-            const CpuBackend::Fence&, bool) const {
+  CpuBackend::Fence load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
+                         std::byte* slab, const CpuBackend::Fence&, bool) const {
     ReadRing::Reading reading(*store.ring(), id, offset, bytes);
     std::byte* to = slab + offset;
     for (auto piece = reading.next(); !piece.empty(); piece = reading.next())
       to = std::copy(piece.begin(), piece.end(), to);
+    return {};
   }
 };
 

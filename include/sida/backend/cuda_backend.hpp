@@ -45,7 +45,7 @@ class CudaBackend {
     std::unique_ptr<CUstream_st, Destroy> handle_{nullptr, Destroy{true}};
   };
 
-  /// An event without timing; owned, move-only.
+  /// An event, of a fence with its time; owned, move-only.
   class Event {
    public:
     CUevent_st* native() const noexcept { return handle_.get(); }
@@ -114,6 +114,11 @@ class CudaBackend {
   Fence fence(Stream& stream);
   void wait(Stream& stream, const Fence& fence);
   void synchronize(const Fence& fence);
+  /// Whether all that the fence stands behind is done; does not wait.
+  bool is_complete(const Fence& fence);
+  /// From when the first fence was passed until the second was; both are, and each stands on one
+  /// stream.
+  double seconds_between(const Fence& from, const Fence& to) const;
   /// Waits for all work on the stream, where no fence could be had; of errors nothing is said.
   void finish(Stream& stream) noexcept;
 
@@ -122,6 +127,8 @@ class CudaBackend {
 
  private:
   class Events;
+  Event make_event(unsigned flags);
+
   int device_;
   std::shared_ptr<Events> events_;  // of fences; shared by copies of the backend
 };

@@ -67,6 +67,8 @@ class ExpertFfn<CudaBackend> {
   /// read in the order of the stream. @throws StateError outside a call; InvalidArgument;
   /// CudaError.
   void compute(std::span<const ExpertTask> tasks);
+  /// Whether the fence's work is done. @throws CudaError.
+  bool is_passed(const CudaBackend::Fence& fence) const;
   /// What is enqueued from here on comes behind the fence. @throws CudaError.
   void wait(const CudaBackend::Fence& arrival);
   /// Behind all that is enqueued so far: the weights are no longer needed. @throws CudaError.
@@ -118,6 +120,7 @@ class RoutedCall<CudaBackend> {
   ExpertTask task(std::int32_t expert, const ExpertWeights& weights) const {
     return {weights, 0, 0, expert};
   }
+  bool is_passed(const CudaBackend::Fence& fence) const { return ffn_.is_passed(fence); }
   void wait(const CudaBackend::Fence& arrival) { ffn_.wait(arrival); }
   void compute(std::span<const ExpertTask> tasks) { ffn_.compute(tasks); }
   CudaBackend::Fence readers() { return ffn_.readers(); }

@@ -50,7 +50,6 @@ class RoutedCall<B> {
     const auto group = static_cast<std::size_t>(found - groups_.experts.begin());
     return {weights, groups_.offsets[group], groups_.offsets[group + 1], expert};
   }
-  void wait(const CpuBackend::Fence&) noexcept {}
   void compute(std::span<const ExpertTask> tasks) { ffn_.compute(tasks); }
   CpuBackend::Fence readers() noexcept { return {}; }
   void combine(const TensorView& out) { ffn_.combine(weights_, out); }

@@ -167,21 +167,31 @@ class OffloadedExperts {
     if (!next_ids.shape.empty())
       scheduler_->look_ahead(layer_ + 1, choices_of(next_ids, routing.mask, config_.experts));
     std::vector<ExpertTask> tasks;
-    // A deferred call only begins the work, at a price for each wave.
-    constexpr bool begins_only = RoutedCall<B>::is_deferred;
     for (;;) {
-      auto leases = begins_only ? demand.next_ready(experts.size()) : demand.next_ready();
-      if (leases.empty()) return;
+      auto leases = demand.next_ready();
+      if (leases.empty()) break;
       tasks.clear();
+      typename B::Fence arrival;
       for (const auto& lease : leases) {
-        call.wait(lease.arrival());
+        arrival.add(lease.arrival());
         tasks.push_back(call.task(lease.id().expert, weights_of(lease)));
       }
+      wait(call, arrival);
       const double begin = Trace::now();
       call.compute(tasks);
       const auto readers = call.readers();
       for (auto& lease : leases) lease.end_after(readers);
       trace_compute(begin, tasks.size());
+    }
+    scheduler_->collect_times();  // what is enqueued keeps the backend at work meanwhile
+  }
+  // What the call computes from here on comes behind the experts' arrival.
+  void wait(RoutedCall<B>& call, const typename B::Fence& arrival) {
+    if constexpr (RoutedCall<B>::is_deferred) {
+      if (call.is_passed(arrival)) return;
+      const auto begin = call.readers();
+      call.wait(arrival);
+      scheduler_->add_stall(layer_, begin, call.readers());
     }
   }
 

@@ -17,6 +17,9 @@ namespace sida {
 /// The experts that one layer call needs, handed out as they are resident: those that are there at
 /// once, the others while these compute. With fewer slots than experts this goes in waves.
 ///
+/// Where loads only have to be begun (see SlabLoader), an expert is resident, and handed out, once
+/// its load has begun: what reads it waits for the lease's arrival().
+///
 /// Used on one thread. Ending it at any point drops what was not handed out.
 template <Backend B, EvictionPolicy Policy>
 class Demand {
@@ -29,12 +32,20 @@ class Demand {
          std::int32_t layer, std::int64_t step, const std::vector<std::int32_t>& experts,
          std::span<const std::uint8_t> counted, bool predicted)
       : cache_(cache),
+        transfers_(transfers),
         trace_(trace),
         closed_(closed),
         layer_(layer),
         needs_(cache, transfers.queue(), layer) {
-    const std::lock_guard lock(cache_.mutex());
+    std::unique_lock lock(cache_.mutex());
     needs_.ask(step, experts, counted, predicted);
+    try {
+      transfers_.begin_loads(lock);
+      transfers_.queue().wake();
+    } catch (...) {  // for want of memory
+      needs_.end();
+      throw;
+    }
   }
   Demand(const Demand&) = delete;
   Demand& operator=(const Demand&) = delete;
@@ -47,17 +58,20 @@ class Demand {
   /// Experts that are resident now, pinned: at least one; waits for it, and the wait is exposed
   /// stall. Empty when all were handed out. Earlier leases must have ended.
   ///
-  /// While others are on their way, what was resident from the start comes in groups: small ones,
-  /// whose slots are soon free, where computing takes its time; `group` may be more where it is
-  /// only begun, and slots are given back at once.
   /// @throws what a load threw; StateError when the scheduler is closed meanwhile.
-  std::vector<Lease> next_ready(std::size_t group = LayerNeeds<Cache>::small_group) {
+  std::vector<Lease> next_ready() {
     std::unique_lock lock(cache_.mutex());
     expect_open();
-    needs_.begin_wave();
+    if (needs_.begin_wave()) {
+      transfers_.begin_loads(lock);
+      transfers_.queue().wake();  // what the wave held back may go on
+    }
     if (needs_.must_wait()) wait(lock);
     expect_open();
-    return needs_.take(group);
+    if constexpr (Transfers<B, Policy>::may_only_begin)
+      return needs_.take_begun();
+    else
+      return needs_.take();
   }
 
  private:
@@ -67,13 +81,18 @@ class Demand {
 
   void wait(std::unique_lock<std::mutex>& lock) {
     const double begin = Trace::now();
-    cache_.changed().wait(lock, [&] { return closed_ || needs_.is_over_waiting(); });
+    while (!closed_ && !needs_.is_over_waiting()) {
+      cache_.want_slot_locked(transfers_.queue().has_demands());
+      cache_.changed().wait(lock);
+      if (transfers_.begin_loads(lock)) transfers_.queue().wake();
+    }
     const double end = Trace::now();
     needs_.stats().stall_seconds += end - begin;
     trace_.add({TraceKind::stall, {layer_, -1}, begin, end, 0, 0});
   }
 
   Cache& cache_;
+  Transfers<B, Policy>& transfers_;
   Trace& trace_;
   const bool& closed_;
   std::int32_t layer_;

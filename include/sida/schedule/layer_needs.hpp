@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <span>
 #include <string>
@@ -26,7 +27,6 @@ class LayerNeeds {
  public:
   using Lease = typename Cache::Lease;
   using Queue = TransferQueue<Cache>;
-  static constexpr std::size_t small_group = 4;  ///< see take()
 
   LayerNeeds(Cache& cache, Queue& queue, std::int32_t layer)
       : cache_(cache),
@@ -36,7 +36,8 @@ class LayerNeeds {
   LayerNeeds(const LayerNeeds&) = delete;
   LayerNeeds& operator=(const LayerNeeds&) = delete;
 
-  /// Asks, once. `counted[i]` is 0 where padding alone needs the expert; empty: all count.
+  /// Asks, once; who transfers is not yet told. `counted[i]` is 0 where padding alone needs the
+  /// expert; empty: all count.
   /// @throws OutOfRange, InvalidArgument, StateError before anything is changed.
   void ask(std::int64_t step, const std::vector<std::int32_t>& experts,
            std::span<const std::uint8_t> counted, bool predicted) {
@@ -62,7 +63,6 @@ class LayerNeeds {
       end();
       throw;
     }
-    queue_.wake();
   }
 
   /// Drops what was not handed out.
@@ -72,13 +72,14 @@ class LayerNeeds {
     dropped_.swap(awaited_->arrived);  // ends with this, after the lock
   }
 
-  /// What was handed out is computed.
-  void begin_wave() {
-    if (handed_out_.empty()) return;
+  /// What was handed out is computed. Whether there was anything, which may have held others back:
+  /// who transfers is not yet told.
+  bool begin_wave() {
+    if (handed_out_.empty()) return false;
     for (const ExpertId id : handed_out_) cache_.forecast().done(id);
     handed_out_.clear();
     awaited_->backlog -= std::exchange(in_hand_, 0);
-    queue_.wake();  // what these held back may go on
+    return true;
   }
 
   /// True if a wave has to wait: something is missing and nothing is there.
@@ -96,20 +97,30 @@ class LayerNeeds {
     return awaited_->error != nullptr;
   }
 
-  /// The wave: empty when all were handed out, and of what was there from the start not more than
-  /// `group` as long as others wait for its slots. @throws what a load threw.
-  std::vector<Lease> take(std::size_t group) {
-    if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
+  /// The wave: empty when all were handed out. Of what was there from the start it is a small group
+  /// as long as others wait for its slots. @throws what a load threw.
+  std::vector<Lease> take() {
+    constexpr std::size_t group = 4;
+    rethrow_error();
     // What was waited for comes first, so that more can be loaded.
-    std::vector<Lease> ready = std::move(awaited_->arrived);
-    awaited_->arrived.clear();
-    in_hand_ = std::ssize(ready);
+    std::vector<Lease> ready = take_arrived(awaited_->arrived.size());
     while (!resident_.empty() && (awaited_->missing.empty() || ready.size() < group)) {
       ready.push_back(std::move(resident_.back()));
       resident_.pop_back();
     }
-    for (const Lease& lease : ready) handed_out_.push_back(lease.id());
-    return ready;
+    return hand_out(std::move(ready));
+  }
+
+  /// As take(), for computing that is only begun, at a price for each wave, and for loads that only
+  /// began: first all that was there from the start; of the others the half that is there soonest,
+  /// so that it is computed while the rest is on its way, and its slots are free for more.
+  std::vector<Lease> take_begun() {
+    constexpr std::size_t few = 8;  // computed as fast as in halves
+    rethrow_error();
+    if (!resident_.empty()) return hand_out(std::exchange(resident_, {}));
+    const std::size_t left = awaited_->arrived.size();
+    const bool is_last = awaited_->missing.empty() && left <= few;
+    return hand_out(take_arrived(is_last ? left : (left + 1) / 2));
   }
 
   /// Of the layer.
@@ -128,6 +139,23 @@ class LayerNeeds {
     (late ? stats().late : stats().misses) += counted;
     awaited_->missing.push_back(id);
     queue_.demand(id, awaited_);
+  }
+
+  void rethrow_error() {
+    if (awaited_->error) std::rethrow_exception(std::exchange(awaited_->error, nullptr));
+  }
+  // The first `count` of what was waited for.
+  std::vector<Lease> take_arrived(std::size_t count) {
+    auto& arrived = awaited_->arrived;
+    const auto end = arrived.begin() + static_cast<std::ptrdiff_t>(count);
+    std::vector<Lease> taken(std::move_iterator(arrived.begin()), std::move_iterator(end));
+    arrived.erase(arrived.begin(), end);
+    in_hand_ = static_cast<std::int64_t>(count);
+    return taken;
+  }
+  std::vector<Lease> hand_out(std::vector<Lease> ready) {
+    for (const Lease& lease : ready) handed_out_.push_back(lease.id());
+    return ready;
   }
 
   Cache& cache_;

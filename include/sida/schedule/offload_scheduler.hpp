@@ -83,6 +83,11 @@ class OffloadScheduler {
     settle_ = std::move(settle);
   }
 
+  /// What was traced, oldest first. @throws what settling throws.
+  std::vector<TraceEvent> traced() {
+    settle();
+    return trace_.events();
+  }
   /// The routing of the passes that have ended, see RoutingRecorder. @throws what settling throws.
   HashTable recorded() {
     settle();
@@ -220,6 +225,17 @@ class OffloadScheduler {
     transfers_.queue().wake();
   }
 
+  /// A layer's computation stands still on its stream, from one fence to the other, for want of
+  /// experts whose loads have begun. @throws what the backend throws.
+  void add_stall(std::int32_t layer, const typename B::Fence& begin, const typename B::Fence& end) {
+    transfers_.times().add_stall(layer, begin, end);
+  }
+  /// Tells trace and statistics of loads and stalls that are over by now, where the host only began
+  /// them; stats() and traced() do so for all. @throws what the backend throws.
+  void collect_times() {
+    if constexpr (Transfers<B, Policy>::may_only_begin) transfers_.times().collect();
+  }
+
   /// Counts a layer call that needed experts of a layer that stays, see ExpertCache::kept_locked;
   /// `counted` is as in demand().
   void count_resident(std::int32_t layer, const std::vector<std::int32_t>& experts,
@@ -239,7 +255,7 @@ class OffloadScheduler {
   /// What happened since the last reset. Experts that were brought early and not yet read count as
   /// wasted when they are evicted, or when the scheduler is closed.
   /// @throws what settling throws.
-  CacheStats stats() const {
+  CacheStats stats() {
     settle();
     const std::lock_guard lock(cache_.mutex());
     return transfers_.queue().summary();
@@ -286,13 +302,20 @@ class OffloadScheduler {
   }
 
  private:
-  void settle() const {
+  void settle() {
     std::function<void()> settle;
     {
       const std::lock_guard lock(settle_mutex_);
       settle = settle_;
     }
     if (settle) settle();
+    if constexpr (Transfers<B, Policy>::may_only_begin) {
+      transfers_.times().settle();
+      const std::vector<double> stalls = transfers_.times().take_stalls();
+      const std::lock_guard lock(cache_.mutex());
+      for (std::size_t layer = 0; layer < stalls.size(); ++layer)
+        transfers_.queue().stats().layers[layer].stall_seconds += stalls[layer];
+    }
   }
   void expect_open() const {
     const std::lock_guard lock(cache_.mutex());
@@ -345,7 +368,7 @@ class OffloadScheduler {
   Transfers<B, Policy> transfers_;
   PassSteps<Cache> steps_;
   std::recursive_mutex turn_;
-  mutable std::mutex settle_mutex_;
+  std::mutex settle_mutex_;
   std::function<void()> settle_;
   std::mutex builder_mutex_;
   std::shared_ptr<HashBuilder> builder_;

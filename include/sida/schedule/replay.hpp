@@ -260,7 +260,7 @@ class Replay {
         transfers_.advance_until([&] { return needs.is_over_waiting(); });
         needs.stats().stall_seconds += transfers_.now() - begin;
       }
-      const auto leases = needs.take(LayerNeeds<Cache>::small_group);
+      const auto leases = needs.take();
       if (leases.empty()) break;
       transfers_.advance_to(transfers_.now() +
                             options_.expert_seconds * static_cast<double>(leases.size()));

@@ -10,9 +10,12 @@
 namespace sida {
 
 /// Brings a range of a slab from the store to a slot of the backend's fast memory, behind what
-/// still reads the slot (`readers`); returns when it is there. What a layer waits for
-/// (`is_awaited`) goes before the rest. Specialised for each backend, called from several transfer
-/// threads at once.
+/// still reads the slot (`readers`). What a layer waits for (`is_awaited`) goes before the rest.
+/// Specialised for each backend, called from several threads at once.
+///
+/// load() returns when the range is there; of a slab that is awaited, where `only_begins(store,
+/// id)`, at once: then it is there behind the fence that is returned. Whoever needs such a slab
+/// begins its load without a transfer thread.
 template <class B>
 class SlabLoader;
 
@@ -20,14 +23,16 @@ class SlabLoader;
 template <std::derived_from<CpuBackend> B>
 class SlabLoader<B> {
  public:
-  static constexpr bool splits_awaited = true;  ///< an awaited slab comes in chunks, as any other
+  static constexpr bool splits_awaited = true;   ///< an awaited slab comes in chunks, as any other
+  static constexpr bool may_only_begin = false;  ///< only_begins() is there, and may be true
 
   explicit SlabLoader(B&) noexcept {}
 
   /// @throws what the store throws.
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
-            const CpuBackend::Fence&, bool) const {
+  CpuBackend::Fence load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
+                         std::byte* slab, const CpuBackend::Fence&, bool) const {
     store.read(id, offset, {slab + offset, bytes});
+    return {};
   }
 };
 

@@ -15,14 +15,16 @@ namespace sida {
 /// On the GPU a range is copied from pinned memory: on one stream what is prefetched, on another,
 /// of high priority, what a layer waits for. What is not pinned passes through the store's ring.
 ///
-/// Transfer threads share the streams, so that their copies end one after the other and each has
-/// the next one's time to ask for more: with two threads the link is never idle. A prefetch waits
-/// for the awaited copies that were asked for before it; an awaited copy, at most for the chunks of
-/// prefetches that are under way.
+/// What is awaited and pinned is only enqueued: the stream that computes waits for it, the host
+/// goes on. Else the host waits. Transfer threads share the streams, so that their copies end one
+/// after the other and each has the next one's time to ask for more: with two threads the link is
+/// never idle. A prefetch waits for the awaited copies that were asked for before it; an awaited
+/// copy, at most for the chunks of prefetches that are under way.
 template <>
 class SlabLoader<CudaBackend> {
  public:
   static constexpr bool splits_awaited = false;  ///< nothing is to go in between
+  static constexpr bool may_only_begin = true;
 
   /// @throws CudaError.
   explicit SlabLoader(CudaBackend& backend)
@@ -31,25 +33,31 @@ class SlabLoader<CudaBackend> {
         awaited_(backend.make_urgent_stream()) {}
 
   /// @throws what the store throws, CudaError, InvalidArgument for a store without pinned memory.
-  void load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes, std::byte* slab,
-            const CudaBackend::Fence& readers, bool is_awaited) {
-    if (const std::byte* source = store.pinned(id))
-      return copy(slab + offset, source + offset, bytes, readers, is_awaited);
+  CudaBackend::Fence load(ExpertStore& store, ExpertId id, std::size_t offset, std::size_t bytes,
+                          std::byte* slab, const CudaBackend::Fence& readers, bool is_awaited) {
+    if (const std::byte* source = store.pinned(id)) {
+      const auto arrival = enqueue(slab + offset, source + offset, bytes, readers, is_awaited);
+      if (is_awaited) return arrival;
+      backend_.synchronize(arrival);
+      return {};
+    }
     SIDA_EXPECTS(store.ring(),
                  "SlabLoader: expected a store with pinned memory; give the cache a PinnedStore");
     ReadRing::Reading reading(*store.ring(), id, offset, bytes);
     std::byte* to = slab + offset;
     for (auto piece = reading.next(); !piece.empty(); piece = reading.next()) {
-      copy(to, piece.data(), piece.size(), readers, is_awaited);
+      backend_.synchronize(enqueue(to, piece.data(), piece.size(), readers, is_awaited));
       to += piece.size();
     }
+    return {};
+  }
+
+  /// Pinned memory can be copied from by whoever has the address.
+  static bool only_begins(const ExpertStore& store, ExpertId id) {
+    return store.pinned(id) != nullptr;
   }
 
  private:
-  void copy(std::byte* to, const std::byte* from, std::size_t bytes,
-            const CudaBackend::Fence& readers, bool is_awaited) {
-    backend_.synchronize(enqueue(to, from, bytes, readers, is_awaited));
-  }
   CudaBackend::Fence enqueue(std::byte* to, const std::byte* from, std::size_t bytes,
                              const CudaBackend::Fence& readers, bool is_awaited) {
     const std::lock_guard lock(mutex_);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <list>
 #include <memory>
 #include <optional>
@@ -53,12 +54,17 @@ class TransferQueue {
     ExpertId id;
     std::shared_ptr<Awaited> awaited;  ///< null: nobody waits for it
     LoadedFor loaded_for = LoadedFor::demand;
-    bool joined = false;  ///< who waits came after it was begun
+    bool joined = false;           ///< who waits came after it was begun
+    bool is_by_who_waits = false;  ///< no transfer thread's
   };
 
-  TransferQueue(Cache& cache, const TransferOptions& options)
+  /// Whether who waits for an expert begins its load, see SlabLoader; null: never.
+  using OnlyBegins = std::function<bool(ExpertId)>;
+
+  TransferQueue(Cache& cache, const TransferOptions& options, OnlyBegins only_begins = {})
       : cache_(cache),
         options_(options),
+        only_begins_(std::move(only_begins)),
         prefetches_(cache, options.threshold),
         look_ahead_(cache, options.threshold),
         excess_(cache.store().layers(), cache.store().experts()) {
@@ -76,7 +82,7 @@ class TransferQueue {
     if (join_under_way(id, awaited))
       ++awaited->backlog;
     else
-      demands_.push_back({id, awaited});
+      demands_.push_back(request_for(id, awaited));
   }
 
   /// Forgets the demands of a call that is not waiting any more.
@@ -86,16 +92,20 @@ class TransferQueue {
     if (std::erase_if(demands_, is_of_it) > 0) wake();  // prefetches waited for them
   }
 
-  /// Begins the load that comes next; null if there is none, or no slot for it.
+  /// Begins the load that comes next on a transfer thread; null if there is none, or no slot for
+  /// it.
   Load* begin_next() {
     if (Load* load = begin_demand()) return load;
     return demands_.empty() ? begin_prefetch() : nullptr;
   }
 
-  /// Begins the load of the oldest demand; null if there is none, or no slot for it.
-  Load* begin_demand() {
-    while (!demands_.empty()) {
-      const Request request = demands_.front();
+  /// Begins the load of the oldest demand that is for transfer threads, or for who waits; null if
+  /// there is none, or no slot for it.
+  Load* begin_demand(bool by_who_waits = false) {
+    for (;;) {
+      const auto oldest = std::ranges::find(demands_, by_who_waits, &Request::is_by_who_waits);
+      if (oldest == demands_.end()) return nullptr;
+      const Request request = *oldest;
       std::optional<typename Cache::Loading> slot;
       try {
         slot = reserve_for(request);
@@ -111,10 +121,13 @@ class TransferQueue {
         return other.id == request.id && other.awaited == request.awaited;
       });
       ++request.awaited->backlog;
-      if (slot) return begin(std::move(*slot), request.awaited, LoadedFor::demand);
+      if (slot) {
+        Load* const load = begin(std::move(*slot), request.awaited, LoadedFor::demand);
+        load->is_by_who_waits = by_who_waits;
+        return load;
+      }
       cache_.changed().notify_all();
     }
-    return nullptr;
   }
 
   /// Whether nobody needs the load under way any more: the layer that it was a guess for has begun,
@@ -123,8 +136,10 @@ class TransferQueue {
     return load.loaded_for == LoadedFor::look_ahead && !load.awaited && !look_ahead_.names(load.id);
   }
 
-  /// The load is over: whole, or given up after `bytes` bytes, with the error if there was one.
-  void end(Load& load, std::size_t bytes, const std::exception_ptr& error) {
+  /// The load is over: whole, or given up after `bytes` bytes, with the error if there was one. If
+  /// it only began, the bytes are there behind `arrival`.
+  void end(Load& load, std::size_t bytes, const std::exception_ptr& error,
+           const typename Cache::Fence& arrival = {}) {
     stats_.bytes_moved += static_cast<std::int64_t>(bytes);
     if (bytes < cache_.slot_bytes()) {
       stats_.look_ahead_cancelled += !error && is_obsolete(load);
@@ -132,18 +147,20 @@ class TransferQueue {
       failed(load, error);
       prefetches_.begin_anew();  // a table may have foretold it as well
     } else {
-      cache_.commit_locked(std::move(load.slot), load.loaded_for);
+      cache_.commit_locked(std::move(load.slot), load.loaded_for, arrival);
       if (is_waited_for(load)) hand_over(load.id, *load.awaited);
     }
+    const bool is_by_who_waits = load.is_by_who_waits;
     under_way_.remove_if([&](const Load& other) { return &other == &load; });
-    cache_.changed().notify_all();
+    if (!is_by_who_waits) cache_.changed().notify_all();  // who waits knows
   }
 
   bool has_demands() const noexcept { return !demands_.empty(); }
-  /// Wakes who transfers, where something is missing: nobody is woken for nothing, who would
-  /// compete with a layer call for the lock.
+  /// Wakes transfer threads, where something is missing that they bring: nobody is woken for
+  /// nothing, who would compete with a layer call for the lock.
   void wake() {
-    if (!demands_.empty() || prefetches_.has_work() || look_ahead_.has_work())
+    const bool has_demand = std::ranges::count(demands_, false, &Request::is_by_who_waits) > 0;
+    if (has_demand || prefetches_.has_work() || look_ahead_.has_work())
       cache_.changed().notify_all();
   }
   /// True if nothing is on the way to a call that waits, and nothing can be: no load is under way
@@ -171,7 +188,12 @@ class TransferQueue {
   struct Request {
     ExpertId id;
     std::shared_ptr<Awaited> awaited;
+    bool is_by_who_waits = false;  // no transfer thread's
   };
+
+  Request request_for(ExpertId id, const std::shared_ptr<Awaited>& awaited) const {
+    return {id, awaited, only_begins_ && only_begins_(id)};
+  }
 
   Load* begin_prefetch() {
     if (cache_.draining_locked()) return nullptr;
@@ -263,7 +285,7 @@ class TransferQueue {
     // What was begun for another purpose, or another call, is tried once more for this one.
     if (load.joined && error) {
       --load.awaited->backlog;  // not begun, again
-      demands_.push_front({load.id, load.awaited});
+      demands_.push_front(request_for(load.id, load.awaited));
     } else {
       load.awaited->error = error;
     }
@@ -279,6 +301,7 @@ class TransferQueue {
 
   Cache& cache_;
   TransferOptions options_;
+  OnlyBegins only_begins_;
   CacheStats stats_;
   std::deque<Request> demands_;
   PrefetchQueue<Cache> prefetches_;

@@ -12,25 +12,31 @@
 #include "sida/cache/expert_cache.hpp"
 #include "sida/core/thread.hpp"
 #include "sida/schedule/slab_loader.hpp"
+#include "sida/schedule/stream_times.hpp"
 #include "sida/schedule/trace.hpp"
 #include "sida/schedule/transfer_queue.hpp"
 
 namespace sida {
 
 /// The transfer threads: bring what a TransferQueue decides from the store into the cache's slots.
-/// A demand goes before the chunks of a prefetch that is under way.
+/// A demand goes before the chunks of a prefetch that is under way; where its load only has to be
+/// begun, who waits for it does so.
 template <Backend B, EvictionPolicy Policy>
 class Transfers {
  public:
   using Cache = ExpertCache<B, Policy>;
   using Queue = TransferQueue<Cache>;
+  using Lock = std::unique_lock<std::mutex>;
+  /// Whether loads may be such that they only have to be begun, see SlabLoader.
+  static constexpr bool may_only_begin = SlabLoader<B>::may_only_begin;
 
   Transfers(B& backend, Cache& cache, const TransferOptions& options, Trace& trace)
       : cache_(cache),
         loader_(backend),
         chunk_bytes_(options.chunk_bytes),
         trace_(trace),
-        queue_(cache, options) {
+        times_(backend, trace, cache.store().layers()),
+        queue_(cache, options, only_begins()) {
     try {
       for (int lane = 0; lane < options.threads; ++lane)
         threads_.push_back(start_thread("for transfers", [this, lane] { run(lane); }));
@@ -55,12 +61,36 @@ class Transfers {
       if (thread.joinable()) thread.join();
   }
 
+  /// Begins, with the cache's lock held, the loads for who waits that only have to be begun, as far
+  /// as there are slots for them; whether there were any. To be called by who waits.
+  bool begin_loads(Lock& lock) {
+    bool any = false;
+    if constexpr (may_only_begin)
+      while (!stopping_) {
+        typename Queue::Load* const next = queue_.begin_demand(true);
+        if (!next) break;
+        load(lock, *next, lane_of_who_waits);
+        any = true;
+      }
+    return any;
+  }
+
+  /// Of loads that were only begun, and of waits for them.
+  StreamTimes<B>& times() noexcept { return times_; }
+
   /// What is to be brought; guarded by the cache's mutex.
   Queue& queue() noexcept { return queue_; }
   const Queue& queue() const noexcept { return queue_; }
 
  private:
-  using Lock = std::unique_lock<std::mutex>;
+  static constexpr std::int32_t lane_of_who_waits = -1;
+
+  typename Queue::OnlyBegins only_begins() const {
+    if constexpr (may_only_begin)
+      return
+          [&store = cache_.store()](ExpertId id) { return SlabLoader<B>::only_begins(store, id); };
+    return {};
+  }
 
   void run(int lane) noexcept {
     Lock lock(cache_.mutex());
@@ -81,6 +111,8 @@ class Transfers {
     const bool prefetched = load.loaded_for != LoadedFor::demand;
     std::byte* const slab = load.slot.slab();
     std::exception_ptr error;
+    typename B::Fence arrival;
+    bool only_began = false;
     std::size_t done = 0;
     while (done < cache_.slot_bytes() && !error && !stopping_) {
       if (!load.awaited) serve_demands(lock, lane);
@@ -91,16 +123,28 @@ class Transfers {
       const std::size_t chunk = is_split ? std::min(chunk_bytes_, rest) : rest;
       lock.unlock();
       try {
-        loader_.load(cache_.store(), id, done, chunk, slab, load.slot.readers(), is_awaited);
+        arrival =
+            loader_.load(cache_.store(), id, done, chunk, slab, load.slot.readers(), is_awaited);
+        only_began = is_awaited;
         done += chunk;
       } catch (...) {
         error = std::current_exception();
       }
       lock.lock();
     }
-    trace_.add({prefetched ? TraceKind::prefetch : TraceKind::demand_load, id, begin, Trace::now(),
-                static_cast<std::int64_t>(done), lane});
-    queue_.end(load, done, error);
+    note({prefetched ? TraceKind::prefetch : TraceKind::demand_load, id, begin, Trace::now(),
+          static_cast<std::int64_t>(done), lane},
+         only_began ? &arrival : nullptr);
+    queue_.end(load, done, error, arrival);
+  }
+  // A load that is over, or will be behind `arrival`.
+  void note(const TraceEvent& event, const typename B::Fence* arrival) noexcept {
+    if constexpr (may_only_begin)
+      if (arrival && SlabLoader<B>::only_begins(cache_.store(), event.id)) try {
+          return times_.add_load(event, *arrival);
+        } catch (...) {  // it is told as of now
+        }
+    trace_.add(event);
   }
 
   // Demands that came while a prefetch that nobody waits for is under way.
@@ -116,6 +160,7 @@ class Transfers {
   SlabLoader<B> loader_;
   std::size_t chunk_bytes_;
   Trace& trace_;
+  StreamTimes<B> times_;
   Queue queue_;
   bool stopping_ = false;
   std::mutex join_mutex_;
