@@ -277,9 +277,12 @@ CudaBackend::Fence CudaBackend::fence(Stream& stream) {
   static std::mutex recording;
   static std::uint64_t recorded = 0;
   const DeviceScope scope(device_);
-  unsigned long long id = 0;
-  check(cudaStreamGetId(stream.native(), &id), "tell streams apart");
-  const auto mark = std::make_shared<Fence::Mark>(events_, events_->take(*this), id);
+  if (!stream.id_) {
+    unsigned long long id = 0;
+    check(cudaStreamGetId(stream.native(), &id), "tell streams apart");
+    stream.id_ = id;
+  }
+  const auto mark = std::make_shared<Fence::Mark>(events_, events_->take(*this), *stream.id_);
   {
     const std::lock_guard lock(recording);
     check(cudaEventRecord(mark->event.native(), stream.native()), "record an event");
@@ -317,10 +320,15 @@ bool CudaBackend::is_complete(const Fence& fence) {
 
 double CudaBackend::seconds_between(const Fence& from, const Fence& to) const {
   SIDA_EXPECTS(from.mark_ && to.mark_, "seconds_between: expected two fences that were recorded");
-  float milliseconds = 0;
-  check(cudaEventElapsedTime(&milliseconds, from.mark_->event.native(), to.mark_->event.native()),
-        "ask for the time between two events");
-  return static_cast<double>(milliseconds) * 1e-3;
+  const auto until = [&](const Fence::Mark& mark) {
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, from.mark_->event.native(), mark.event.native()),
+          "ask for the time between two events");
+    return static_cast<double>(milliseconds) * 1e-3;
+  };
+  double seconds = until(*to.mark_);
+  for (const auto& mark : to.others_) seconds = std::max(seconds, until(*mark));
+  return seconds;
 }
 
 void CudaBackend::finish(Stream& stream) noexcept {

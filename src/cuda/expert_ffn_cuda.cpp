@@ -79,7 +79,9 @@ class ExpertFfn<CudaBackend>::Call {
     reserve(plan_, cuda::plan_bytes(shape_));
     reserve(routing_, 2 * assignments() * sizeof(float));
     is_planned_ = false;
-    few_ = nullptr;
+    kept_few_ = nullptr;
+    whole_few_.reset();
+    experts_.clear();
     if (routing.is_foretold)
       upload(routing);
     else
@@ -97,20 +99,17 @@ class ExpertFfn<CudaBackend>::Call {
   void compute(std::span<const ExpertTask> tasks) {
     expect_call("compute");
     if (tasks.empty()) return;
-    make_plan();
     const std::byte* arena = slab_of(tasks.front());
-    for (const ExpertTask& task : tasks) arena = std::min(arena, slab_of(task));
-    auto* const slot_of = reinterpret_cast<std::int32_t*>(uploads_.next(slot_bytes()));
-    std::fill_n(slot_of, config_.experts, -1);
     for (const ExpertTask& task : tasks) {
+      arena = std::min(arena, slab_of(task));
       SIDA_EXPECTS(0 <= task.expert && task.expert < config_.experts,
                    "compute: expected an expert from 0 to " + std::to_string(config_.experts - 1) +
                        ", got " + std::to_string(task.expert));
-      slot_of[task.expert] = slot_of_slab(slab_of(task), arena);
     }
-    const cuda::DeviceScope scope(backend_.device());
-    uploads_.send(slots_.data(), slot_bytes(), stream_);
-    launch_experts(arena, slots_);
+    if (cuda::is_few(shape_) && !experts_.empty())
+      compute_few(tasks, arena);
+    else
+      compute_many(tasks, arena);
   }
   bool is_passed(const CudaBackend::Fence& fence) const { return backend_.is_complete(fence); }
   void wait(const CudaBackend::Fence& arrival) { backend_.wait(stream_, arrival); }
@@ -132,19 +131,20 @@ class ExpertFfn<CudaBackend>::Call {
   void compute(const KeptExperts<CudaBackend>& kept) {
     expect_call("compute");
     if (cuda::is_few(shape_)) {
-      few_ = &kept;  // computed by combine(), which knows where to
+      kept_few_ = &kept;  // computed by combine(), which knows where to
       return;
     }
     make_plan();
-    const cuda::DeviceScope scope(backend_.device());
-    launch_experts(kept.arena, kept.slots);
+    launch_experts(slabs_at(kept.arena, &kept.slots));
   }
 
   void combine(const TensorView& out) {
     expect_call("combine");
     expect_tokens(out, shape_.tokens, "out");
-    if (few_)
-      compute_few(out);
+    if (kept_few_)
+      launch_few(out, slabs_at(kept_few_->arena, &kept_few_->slots));
+    else if (whole_few_)
+      launch_few(out, slabs_at(whole_few_->arena), whole_few_->slots);
     else
       combine_results(out);
     finish(false);
@@ -160,13 +160,44 @@ class ExpertFfn<CudaBackend>::Call {
       cuda::combine(shape_, plan(), weights(), workspace_.data(), out.data, stream_.native());
     });
   }
-  void compute_few(const TensorView& out) {
+  void launch_few(const TensorView& out, const cuda::ExpertSlabs& slabs,
+                  const cuda::FewSlots& slots = {}) {
     const cuda::DeviceScope scope(backend_.device());
+    const cuda::TakenRouting taken = is_planned_ ? cuda::TakenRouting{} : taken_;
     cuda::launched([&] {
-      cuda::compute_few(shape_, given_, taken_, hidden_,
-                        cuda::slabs_in(few_->arena, layout_, few_->slots.data()), workspace_.data(),
-                        counters_.data(), out.data, stream_.native());
+      cuda::compute_few(shape_, given_, taken, hidden_, slabs, workspace_.data(), counters_.data(),
+                        out.data, stream_.native(), slots);
     });
+  }
+
+  // The slots go along with the launch. What is all of the call is computed by combine().
+  void compute_few(std::span<const ExpertTask> tasks, const std::byte* arena) {
+    cuda::FewSlots slots;
+    std::ranges::fill(slots.of, -1);
+    for (const ExpertTask& task : tasks) {
+      const auto place = std::ranges::lower_bound(experts_, task.expert) - experts_.begin();
+      SIDA_EXPECTS(
+          place < std::ssize(experts_) && experts_[static_cast<std::size_t>(place)] == task.expert,
+          "compute: expected one of the call's experts, got " + std::to_string(task.expert));
+      slots.of[place] = slot_of_slab(slab_of(task), arena);
+    }
+    if (tasks.size() == experts_.size()) {
+      whole_few_ = {arena, slots};
+      return;
+    }
+    make_plan();
+    launch_experts(slabs_at(arena), slots);
+  }
+  void compute_many(std::span<const ExpertTask> tasks, const std::byte* arena) {
+    make_plan();
+    auto* const slot_of = reinterpret_cast<std::int32_t*>(uploads_.next(slot_bytes()));
+    std::fill_n(slot_of, config_.experts, -1);
+    for (const ExpertTask& task : tasks) slot_of[task.expert] = slot_of_slab(slab_of(task), arena);
+    {
+      const cuda::DeviceScope scope(backend_.device());
+      uploads_.send(slots_.data(), slot_bytes(), stream_);
+    }
+    launch_experts(slabs_at(arena, &slots_));
   }
 
   void wait_for_routing() {
@@ -235,11 +266,17 @@ class ExpertFfn<CudaBackend>::Call {
     uploads_.send(routing_.data(), bytes, stream_);
   }
 
-  void launch_experts(const std::byte* arena, const Buffer<CudaBackend>& slots) {
+  void launch_experts(const cuda::ExpertSlabs& slabs, const cuda::FewSlots& slots = {}) {
+    const cuda::DeviceScope scope(backend_.device());
     cuda::launched([&] {
-      cuda::compute_experts(shape_, plan(), hidden_, cuda::slabs_in(arena, layout_, slots.data()),
-                            workspace_.data(), stream_.native());
+      cuda::compute_experts(shape_, plan(), hidden_, slabs, workspace_.data(), stream_.native(),
+                            slots);
     });
+  }
+  // Without a table of slots they go along with the launch.
+  cuda::ExpertSlabs slabs_at(const std::byte* arena,
+                             const Buffer<CudaBackend>* slots = nullptr) const {
+    return cuda::slabs_in(arena, layout_, slots ? slots->data() : nullptr);
   }
 
   std::size_t assignments() const noexcept {
@@ -316,7 +353,13 @@ class ExpertFfn<CudaBackend>::Call {
   const std::byte* hidden_ = nullptr;
   cuda::GivenRouting given_;
   cuda::TakenRouting taken_;
-  const KeptExperts<CudaBackend>* few_ = nullptr;  // what a call of few assignments goes to, whole
+  // What a call of few assignments goes to, whole.
+  struct WholeFew {
+    const std::byte* arena;
+    cuda::FewSlots slots;
+  };
+  const KeptExperts<CudaBackend>* kept_few_ = nullptr;
+  std::optional<WholeFew> whole_few_;
   bool is_planned_ = false;
   std::vector<std::int32_t> experts_;
   bool is_foretold_ = false;

@@ -61,9 +61,8 @@ struct Streamed {
       StreamedBackend::Fence arrival;
       for (const auto& lease : leases) arrival.add(lease.arrival());
       if (!backend.is_complete(arrival)) {
-        const auto begin = backend.fence(computing);
+        scheduler.add_stall(layer, backend.fence(computing), arrival);
         backend.wait(computing, arrival);
-        scheduler.add_stall(layer, begin, backend.fence(computing));
       }
       for (const auto& lease : leases)
         backend.call(computing, [this, id = lease.id(), slab = lease.slab()] {

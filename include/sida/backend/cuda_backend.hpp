@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -43,6 +44,7 @@ class CudaBackend {
       void operator()(CUstream_st* handle) const noexcept;
     };
     std::unique_ptr<CUstream_st, Destroy> handle_{nullptr, Destroy{true}};
+    std::optional<unsigned long long> id_;  // asked for once
   };
 
   /// An event, of a fence with its time; owned, move-only.
@@ -116,8 +118,7 @@ class CudaBackend {
   void synchronize(const Fence& fence);
   /// Whether all that the fence stands behind is done; does not wait.
   bool is_complete(const Fence& fence);
-  /// From when the first fence was passed until the second was; both are, and each stands on one
-  /// stream.
+  /// From when the first fence, of one stream, was passed until the second was; both are.
   double seconds_between(const Fence& from, const Fence& to) const;
   /// Waits for all work on the stream, where no fence could be had; of errors nothing is said.
   void finish(Stream& stream) noexcept;

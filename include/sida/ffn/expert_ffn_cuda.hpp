@@ -64,8 +64,8 @@ class ExpertFfn<CudaBackend> {
 
   /// Computes the tasks, each of one expert whose slab lies whole, in the order of SlabLayout, on
   /// the GPU; slabs of one call lie multiples of slab_bytes apart, as in a cache. The weights are
-  /// read in the order of the stream. @throws StateError outside a call; InvalidArgument;
-  /// CudaError.
+  /// read in the order of the stream; where the tasks are all of the call's, by combine() at last.
+  /// @throws StateError outside a call; InvalidArgument; CudaError.
   void compute(std::span<const ExpertTask> tasks);
   /// Whether the fence's work is done. @throws CudaError.
   bool is_passed(const CudaBackend::Fence& fence) const;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -134,6 +135,8 @@ class OffloadedExperts {
   ExpertFfn<B>& ffn() const noexcept { return *ffn_; }
 
  private:
+  using Fence = typename B::Fence;
+
   // The pass's mask where it is of this call's tokens: a decoder's call has others.
   std::span<const std::uint8_t> mask_for(const ConstTensorView& hidden) const {
     const auto mask = scheduler_->mask();
@@ -152,46 +155,53 @@ class OffloadedExperts {
            const ConstTensorView& next_ids = {}) {
     const bool is_kept = find_kept();
     RoutedCall<B> call(*ffn_, hidden, routing, account(routing, is_kept));
-    if (is_kept)
+    if (is_kept) {
       compute_kept(call);
-    else
-      compute_demanded(call, routing, next_ids);
-    call.combine(out);
+      call.combine(out);
+    } else {
+      compute_demanded(call, routing, next_ids, out);
+    }
   }
 
   // Experts as they are resident, in waves.
   void compute_demanded(RoutedCall<B>& call, const Routing& routing,
-                        const ConstTensorView& next_ids) {
+                        const ConstTensorView& next_ids, const TensorView& out) {
     const auto& experts = call.experts();
     auto demand = scheduler_->demand(layer_, experts, call.counted(), routing.is_foretold);
     if (!next_ids.shape.empty())
       scheduler_->look_ahead(layer_ + 1, choices_of(next_ids, routing.mask, config_.experts));
     std::vector<ExpertTask> tasks;
+    std::optional<Fence> enqueued;  // behind what the call has enqueued so far
+    bool is_combined = false;
     for (;;) {
       auto leases = demand.next_ready();
       if (leases.empty()) break;
       tasks.clear();
-      typename B::Fence arrival;
+      Fence arrival;
       for (const auto& lease : leases) {
         arrival.add(lease.arrival());
         tasks.push_back(call.task(lease.id().expert, weights_of(lease)));
       }
-      wait(call, arrival);
+      wait(call, arrival, enqueued);
       const double begin = Trace::now();
       call.compute(tasks);
-      const auto readers = call.readers();
-      for (auto& lease : leases) lease.end_after(readers);
+      if (RoutedCall<B>::is_deferred && demand.is_over()) {
+        call.combine(out);  // which may read the weights
+        is_combined = true;
+      }
+      enqueued = call.readers();
+      for (auto& lease : leases) lease.end_after(*enqueued);
       trace_compute(begin, tasks.size());
     }
+    if (!is_combined) call.combine(out);
     scheduler_->collect_times();  // what is enqueued keeps the backend at work meanwhile
   }
   // What the call computes from here on comes behind the experts' arrival.
-  void wait(RoutedCall<B>& call, const typename B::Fence& arrival) {
+  void wait(RoutedCall<B>& call, const Fence& arrival, const std::optional<Fence>& enqueued) {
     if constexpr (RoutedCall<B>::is_deferred) {
       if (call.is_passed(arrival)) return;
-      const auto begin = call.readers();
+      scheduler_->add_stall(layer_, enqueued ? *enqueued : call.readers(), arrival);
       call.wait(arrival);
-      scheduler_->add_stall(layer_, begin, call.readers());
     }
   }
 

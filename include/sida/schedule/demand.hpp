@@ -74,6 +74,12 @@ class Demand {
       return needs_.take();
   }
 
+  /// Whether all were handed out.
+  bool is_over() const {
+    const std::lock_guard lock(cache_.mutex());
+    return needs_.is_over();
+  }
+
  private:
   void expect_open() const {
     if (closed_) throw StateError("the scheduler was closed during a layer call");

@@ -87,6 +87,11 @@ class LayerNeeds {
     return resident_.empty() && awaited_->arrived.empty() && !awaited_->missing.empty();
   }
 
+  /// True if all were handed out.
+  bool is_over() const {
+    return resident_.empty() && awaited_->arrived.empty() && awaited_->missing.empty();
+  }
+
   /// True once something has arrived, or went wrong, or nothing can come.
   bool is_over_waiting() {
     if (awaited_->error || !awaited_->arrived.empty()) return true;

@@ -225,10 +225,11 @@ class OffloadScheduler {
     transfers_.queue().wake();
   }
 
-  /// A layer's computation stands still on its stream, from one fence to the other, for want of
-  /// experts whose loads have begun. @throws what the backend throws.
-  void add_stall(std::int32_t layer, const typename B::Fence& begin, const typename B::Fence& end) {
-    transfers_.times().add_stall(layer, begin, end);
+  /// A layer's computation stands still on its stream, once it has passed `enqueued`, until experts
+  /// arrive whose loads have begun. @throws what the backend throws.
+  void add_stall(std::int32_t layer, const typename B::Fence& enqueued,
+                 const typename B::Fence& arrival) {
+    transfers_.times().add_stall(layer, enqueued, arrival);
   }
   /// Tells trace and statistics of loads and stalls that are over by now, where the host only began
   /// them; stats() and traced() do so for all. @throws what the backend throws.

@@ -36,22 +36,25 @@ class StreamTimes {
     const std::lock_guard lock(mutex_);
     begun_.push_back({load, clock(), std::nullopt, end});
   }
-  /// A stream that computes a layer stands still from one fence to the other.
-  void add_stall(std::int32_t layer, const Fence& begin, const Fence& end) {
+  /// A stream that computes a layer has passed `enqueued` and stands still until `arrival`, if that
+  /// comes later.
+  void add_stall(std::int32_t layer, const Fence& enqueued, const Fence& arrival) {
     const std::lock_guard lock(mutex_);
-    begun_.push_back({{TraceKind::stall, {layer, -1}, 0, 0, 0, 0}, clock(), begin, end});
+    begun_.push_back({{TraceKind::stall, {layer, -1}, 0, 0, 0, 0}, clock(), enqueued, arrival});
   }
 
   /// Tells the trace of what is over by now. @throws what the backend throws.
   void collect() {
     const std::lock_guard lock(mutex_);
-    while (!begun_.empty() && backend_.is_complete(begun_.front().end)) tell_oldest();
+    while (!begun_.empty() && is_over(begun_.front())) tell_oldest();
   }
   /// As collect(), of all; waits for it.
   void settle() {
     const std::lock_guard lock(mutex_);
     while (!begun_.empty()) {
-      backend_.synchronize(begun_.front().end);
+      const Begun& oldest = begun_.front();
+      if (oldest.begin) backend_.synchronize(*oldest.begin);
+      backend_.synchronize(oldest.end);
       tell_oldest();
     }
   }
@@ -73,6 +76,10 @@ class StreamTimes {
     std::optional<Fence> begin;
     Fence end;
   };
+
+  bool is_over(const Begun& begun) {
+    return (!begun.begin || backend_.is_complete(*begun.begin)) && backend_.is_complete(begun.end);
+  }
 
   // Compared anew each second: the clocks of host and device drift.
   const std::shared_ptr<const Clock>& clock() {

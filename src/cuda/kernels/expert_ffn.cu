@@ -15,7 +15,7 @@ namespace {
 unsigned blocks(int count, int each) { return static_cast<unsigned>(parts_of(count, each)); }
 
 template <class Element, Phase phase>
-void launch_product(const Product& product, cudaStream_t stream) {
+void launch_product(const Product& product, const FewSlots& few, cudaStream_t stream) {
   constexpr const char* what = "launch a product of expert weights";
   const LayerShape& shape = product.shape;
   const Kernel kernel = shape.kernel;
@@ -29,11 +29,11 @@ void launch_product(const Product& product, cudaStream_t stream) {
     if (kernel == Kernel::narrow)
       return launch(what, streaming_kernel<Element, phase, 1, 1>,
                     dim3(blocks(outputs, stripe), experts, splits), streaming_threads, stream,
-                    product);
+                    product, few);
     if (kernel == Kernel::wide)
       return launch(what, streaming_kernel<Element, phase, 2, 4>,
                     dim3(blocks(outputs, 2 * stripe), experts, splits), streaming_threads, stream,
-                    product);
+                    product, few);
   }
   if constexpr (std::is_same_v<Element, float>) {
     if (kernel == Kernel::dot)
@@ -68,7 +68,8 @@ std::size_t workspace_bytes(const LayerShape& given) {
 }
 
 void compute_experts(const LayerShape& given, const Plan& plan, const void* hidden,
-                     const ExpertSlabs& slabs, std::byte* workspace, Stream stream) {
+                     const ExpertSlabs& slabs, std::byte* workspace, Stream stream,
+                     const FewSlots& few) {
   if (given.tokens == 0) return;
   const LayerShape shape = with_kernel(given);
   with_element(shape.dtype, [&](auto element) {
@@ -76,10 +77,10 @@ void compute_experts(const LayerShape& given, const Plan& plan, const void* hidd
     const Product up{shape, plan, slabs, hidden, workspace};
     const Product down{shape, plan, slabs, workspace, workspace + results_offset(shape)};
     if (shape.gated)
-      launch_product<Element, Phase::gated_up>(up, stream);
+      launch_product<Element, Phase::gated_up>(up, few, stream);
     else
-      launch_product<Element, Phase::up>(up, stream);
-    launch_product<Element, Phase::down>(down, stream);
+      launch_product<Element, Phase::up>(up, few, stream);
+    launch_product<Element, Phase::down>(down, few, stream);
   });
 }
 

@@ -82,8 +82,17 @@ Plan plan_at(const LayerShape& shape, std::byte* memory);
 struct ExpertSlabs {
   const std::byte* arena = nullptr;
   std::size_t stride = 0;
-  const std::int32_t* slot_of = nullptr;  ///< [E]
+  const std::int32_t* slot_of = nullptr;  ///< [E]; or null, where FewSlots says it
   std::size_t up_offset = 0, down_offset = 0, up_bias_offset = 0, down_bias_offset = 0;
+};
+
+/// Assignments up to which a call may be one of few: one for each lane of a warp.
+constexpr int few_assignments = 32;
+
+/// The slots of the active experts of a call that is_few(), in their order, or -1: told with a
+/// launch, so that none need be brought to the device before it.
+struct FewSlots {
+  std::int32_t of[few_assignments] = {};
 };
 
 /// Bytes of scratch memory of one call, aligned to 16 bytes: intermediate activations and each
@@ -124,7 +133,8 @@ void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRo
 /// rows of its expert in the plan, never on which experts one call computes.
 /// @throws as make_plan().
 void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidden,
-                     const ExpertSlabs& slabs, std::byte* workspace, Stream stream);
+                     const ExpertSlabs& slabs, std::byte* workspace, Stream stream,
+                     const FewSlots& few = {});
 
 /// Writes out[t] = Σ_j weights[t, j] * result(t, j), summed in f32 in the order of j, rounded once.
 /// Tokens without an assignment get 0. Every expert of the plan must have been computed.
@@ -133,9 +143,6 @@ void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidd
 /// @throws as make_plan().
 void combine(const LayerShape& shape, const Plan& plan, const float* weights,
              const std::byte* workspace, void* out, Stream stream);
-
-/// Assignments up to which a call may be one of few: one for each lane of a warp.
-constexpr int few_assignments = 32;
 
 /// Whether compute_few() computes this shape, on the current device.
 bool is_few(const LayerShape& shape);
@@ -150,6 +157,6 @@ std::size_t few_bytes(const LayerShape& shape);
 /// @throws as make_plan().
 void compute_few(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
                  const void* hidden, const ExpertSlabs& slabs, std::byte* workspace,
-                 std::byte* counters, void* out, Stream stream);
+                 std::byte* counters, void* out, Stream stream, const FewSlots& few = {});
 
 }  // namespace sida::cuda

@@ -22,20 +22,22 @@ constexpr int most_parts = 64;
 
 template <class Element, Phase phase>
 __global__ void __launch_bounds__(streaming_threads, blocks_each)
-    few_up_kernel(Product product, GivenRouting given, TakenRouting taken) {
+    few_up_kernel(Product product, GivenRouting given, TakenRouting taken,
+                  const __grid_constant__ FewSlots slots) {
   __shared__ FewPlan few;
   wait_for_previous();
   product.plan = few.make(product.shape, given, taken, blockIdx.x == 0);
   const int wide = parts_of(product.shape.intermediate, stripe_outputs<phase>);
   const int parts = few.active_count * wide;
   for (int i = static_cast<int>(blockIdx.x); i < parts; i += static_cast<int>(gridDim.x))
-    stream_product<Element, phase, 1, 1>(product, {i / wide, i % wide, 0});
+    stream_product<Element, phase, 1, 1>(product, {i / wide, i % wide, 0}, slots);
 }
 
 /// Of the blocks that share 16 columns, the last one to end sums over choices.
 template <class Element>
 __global__ void __launch_bounds__(streaming_threads, blocks_each)
-    few_down_kernel(Product product, GivenRouting given, unsigned* ended, Element* out) {
+    few_down_kernel(Product product, GivenRouting given, unsigned* ended, Element* out,
+                    const __grid_constant__ FewSlots slots) {
   __shared__ FewPlan few;
   __shared__ int last[most_parts], last_count;
   const LayerShape& shape = product.shape;
@@ -47,8 +49,8 @@ __global__ void __launch_bounds__(streaming_threads, blocks_each)
   const int depth = max(few.active_count * splits, 1);  // one part that does nothing, of no expert
   const int parts = wide * depth, first = static_cast<int>(blockIdx.x);
   for (int i = first; i < parts; i += blocks)
-    stream_product<Element, Phase::down, 1, 1>(product,
-                                               {i / wide / splits, i % wide, i / wide % splits});
+    stream_product<Element, Phase::down, 1, 1>(
+        product, {i / wide / splits, i % wide, i / wide % splits}, slots);
   __threadfence();
   __syncthreads();
   for (int i = first + thread * blocks; i < parts; i += streaming_threads * blocks)
@@ -80,7 +82,7 @@ dim3 grid_of(int parts) {
 template <class Element>
 void launch_few(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
                 const void* hidden, const ExpertSlabs& slabs, std::byte* workspace,
-                std::byte* counters, void* out, cudaStream_t stream) {
+                std::byte* counters, void* out, cudaStream_t stream, const FewSlots& slots) {
   constexpr const char* what = "launch a call of few rows";
   const Product up{shape, {}, slabs, hidden, workspace};
   const Product down{shape, {}, slabs, workspace, workspace + results_offset(shape)};
@@ -88,15 +90,15 @@ void launch_few(const LayerShape& shape, const GivenRouting& given, const TakenR
   if (shape.gated)
     launch(what, few_up_kernel<Element, Phase::gated_up>,
            grid_of(parts_of(shape.intermediate, stripe_outputs<Phase::gated_up>) * experts),
-           streaming_threads, stream, up, given, taken);
+           streaming_threads, stream, up, given, taken, slots);
   else
     launch(what, few_up_kernel<Element, Phase::up>,
            grid_of(parts_of(shape.intermediate, stripe_outputs<Phase::up>) * experts),
-           streaming_threads, stream, up, given, taken);
+           streaming_threads, stream, up, given, taken, slots);
   launch(what, few_down_kernel<Element>,
          grid_of(parts_of(shape.hidden, down_columns) * experts * down_splits(shape, 1)),
          streaming_threads, stream, down, given, reinterpret_cast<unsigned*>(counters),
-         static_cast<Element*>(out));
+         static_cast<Element*>(out), slots);
 }
 
 }  // namespace
@@ -113,13 +115,15 @@ std::size_t few_bytes(const LayerShape& shape) {
 
 void compute_few(const LayerShape& given_shape, const GivenRouting& given,
                  const TakenRouting& taken, const void* hidden, const ExpertSlabs& slabs,
-                 std::byte* workspace, std::byte* counters, void* out, Stream stream) {
+                 std::byte* workspace, std::byte* counters, void* out, Stream stream,
+                 const FewSlots& slots) {
   const LayerShape shape = with_kernel(given_shape);
   const TakenRouting told{nullptr, nullptr, taken.host_ids, taken.host_weights};
   if (shape.dtype == Dtype::f16)
-    launch_few<__half>(shape, given, told, hidden, slabs, workspace, counters, out, stream);
+    launch_few<__half>(shape, given, told, hidden, slabs, workspace, counters, out, stream, slots);
   else
-    launch_few<__nv_bfloat16>(shape, given, told, hidden, slabs, workspace, counters, out, stream);
+    launch_few<__nv_bfloat16>(shape, given, told, hidden, slabs, workspace, counters, out, stream,
+                              slots);
 }
 
 }  // namespace sida::cuda

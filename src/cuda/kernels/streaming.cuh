@@ -47,7 +47,8 @@ struct StreamedPart {
 /// to 15 those beside it, so that both meet in one block. Rows and tokens past the end repeat
 /// the last one, and what they give is not stored.
 template <class Element, Phase phase, int stripes, int tiles>
-__device__ __forceinline__ void stream_product(const Product& product, const StreamedPart& part) {
+__device__ __forceinline__ void stream_product(const Product& product, const StreamedPart& part,
+                                               const FewSlots& few) {
   using Task = ExpertProduct<Element, phase>;
   constexpr int batch = stripes == 1 ? 4 : 2;  // steps whose loads are under way together
   constexpr int each = stripe_outputs<phase>;
@@ -58,7 +59,10 @@ __device__ __forceinline__ void stream_product(const Product& product, const Str
   if constexpr (!Task::down) wait_for_previous();
   const ActiveExpert expert = product.plan.active[part.expert];
   const bool active = part.expert < *product.plan.active_count;
-  const int slot = active ? product.slabs.slot_of[expert.expert] : -1;
+  int slot = -1;
+  if (active)
+    slot = product.slabs.slot_of != nullptr ? product.slabs.slot_of[expert.expert]
+                                            : few.of[part.expert];
   const int splits = Task::down && active ? down_splits(product.shape, expert.rows) : 1;
   const int split = part.split;
   const bool idle = slot < 0 || split >= splits;
@@ -159,10 +163,13 @@ __device__ __forceinline__ void stream_product(const Product& product, const Str
 }
 
 template <class Element, Phase phase, int stripes, int tiles>
-__global__ void __launch_bounds__(streaming_threads) streaming_kernel(Product product) {
+__global__ void __launch_bounds__(streaming_threads)
+    streaming_kernel(const __grid_constant__ Product product,
+                     const __grid_constant__ FewSlots few) {
   stream_product<Element, phase, stripes, tiles>(
       product,
-      {static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.z)});
+      {static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.z)},
+      few);
 }
 
 }  // namespace sida::cuda
