@@ -16,7 +16,11 @@ from switch_models import relative, run
 
 import sida
 
-pytestmark = [needs_gpu, pytest.mark.usefixtures("nothing_compiled")]
+pytestmark = [
+    needs_gpu,
+    pytest.mark.usefixtures("nothing_compiled"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # of the GPU, not of sida
+]
 
 MEMORY = ["3 experts", 1.0]
 
