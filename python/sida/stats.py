@@ -19,8 +19,8 @@ class Stats(dict[str, Any]):
     it had been asked for earlier and was under way; `misses`: nobody had asked before. hits + late
     + misses = uses; what only padding needs counts in none of them. `hit_rate` is hits / uses, None
     without uses. `wasted`: prefetched experts evicted, or still resident, unread. `stall_seconds`:
-    computation stood still because an expert was not there. `budget_bytes` = `slots` *
-    `slot_bytes` is what experts may take, `staging_bytes` come on top. `exact_layers` and
+    computation stood still because an expert was not there, on a GPU by its clock. `budget_bytes` =
+    `slots` * `slot_bytes` is what experts may take, `staging_bytes` come on top. `exact_layers` and
     `predicted_layers` name the layers by how they are routed. `layers` has the counts of each
     layer, `passes` and `tokens` (without padding) what went through encoder and decoder.
 

@@ -30,7 +30,9 @@ struct LayerStats {
   std::int64_t hits = 0;
   std::int64_t late = 0;
   std::int64_t misses = 0;
-  double stall_seconds = 0;  ///< computation stood still because an expert was not there
+  /// Computation stood still because an expert was not there: the thread that computes, or, for
+  /// loads that only began (see SlabLoader), the stream.
+  double stall_seconds = 0;
   LookAheadStats look_ahead;
 
   LayerStats& operator+=(const LayerStats& other) noexcept {

@@ -194,7 +194,6 @@ class OffloadedExperts {
       trace_compute(begin, tasks.size());
     }
     if (!is_combined) call.combine(out);
-    scheduler_->collect_times();  // what is enqueued keeps the backend at work meanwhile
   }
   // What the call computes from here on comes behind the experts' arrival.
   void wait(RoutedCall<B>& call, const Fence& arrival, const std::optional<Fence>& enqueued) {

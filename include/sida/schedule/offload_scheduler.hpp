@@ -231,11 +231,6 @@ class OffloadScheduler {
                  const typename B::Fence& arrival) {
     transfers_.times().add_stall(layer, enqueued, arrival);
   }
-  /// Tells trace and statistics of loads and stalls that are over by now, where the host only began
-  /// them; stats() and traced() do so for all. @throws what the backend throws.
-  void collect_times() {
-    if constexpr (Transfers<B, Policy>::may_only_begin) transfers_.times().collect();
-  }
 
   /// Counts a layer call that needed experts of a layer that stays, see ExpertCache::kept_locked;
   /// `counted` is as in demand().

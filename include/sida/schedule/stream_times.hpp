@@ -17,7 +17,8 @@
 namespace sida {
 
 /// When work on a backend's streams took place that the host only began: it goes into the trace
-/// once it is over. Thread-safe; backend and trace must outlive it.
+/// some time after it is over, at the latest when settle() is called. Thread-safe; backend and
+/// trace must outlive it.
 ///
 /// For backends whose `is_complete(fence)` tells whether a fence is passed, and whose
 /// `seconds_between(fence, fence)` the time from one to the other, both passed.
@@ -31,24 +32,17 @@ class StreamTimes {
   StreamTimes(const StreamTimes&) = delete;
   StreamTimes& operator=(const StreamTimes&) = delete;
 
+  // Both throw what the backend throws.
+
   /// A load that the host began at `load.begin` is over behind `end`.
-  void add_load(const TraceEvent& load, const Fence& end) {
-    const std::lock_guard lock(mutex_);
-    begun_.push_back({load, clock(), std::nullopt, end});
-  }
+  void add_load(const TraceEvent& load, const Fence& end) { add({load, {}, std::nullopt, end}); }
   /// A stream that computes a layer has passed `enqueued` and stands still until `arrival`, if that
   /// comes later.
   void add_stall(std::int32_t layer, const Fence& enqueued, const Fence& arrival) {
-    const std::lock_guard lock(mutex_);
-    begun_.push_back({{TraceKind::stall, {layer, -1}, 0, 0, 0, 0}, clock(), enqueued, arrival});
+    add({{TraceKind::stall, {layer, -1}, 0, 0, 0, 0}, {}, enqueued, arrival});
   }
 
-  /// Tells the trace of what is over by now. @throws what the backend throws.
-  void collect() {
-    const std::lock_guard lock(mutex_);
-    while (!begun_.empty() && is_over(begun_.front())) tell_oldest();
-  }
-  /// As collect(), of all; waits for it.
+  /// Waits until all is over, and tells the trace of it.
   void settle() {
     const std::lock_guard lock(mutex_);
     while (!begun_.empty()) {
@@ -58,7 +52,7 @@ class StreamTimes {
       tell_oldest();
     }
   }
-  /// By layer, the seconds of stall that collect() and settle() met since this was called last.
+  /// By layer, the seconds of stall that went into the trace since this was called last.
   std::vector<double> take_stalls() {
     const std::lock_guard lock(mutex_);
     return std::exchange(stalls_, std::vector<double>(stalls_.size()));
@@ -77,6 +71,13 @@ class StreamTimes {
     Fence end;
   };
 
+  // Tells of up to two others, so that they never pile up.
+  void add(Begun begun) {
+    const std::lock_guard lock(mutex_);
+    begun.clock = clock();
+    for (int i = 0; i < 2 && !begun_.empty() && is_over(begun_.front()); ++i) tell_oldest();
+    begun_.push_back(std::move(begun));
+  }
   bool is_over(const Begun& begun) {
     return (!begun.begin || backend_.is_complete(*begun.begin)) && backend_.is_complete(begun.end);
   }
