@@ -159,6 +159,8 @@ TEST_CASE("Stalls and loads are those of the streams, not of the host", "[schedu
                 [](const TraceEvent& event) { return event.kind != TraceKind::demand_load; });
   REQUIRE(events.size() == 5);
   for (std::size_t i = 1; i < events.size(); ++i) CHECK(events[i].begin >= events[i - 1].end);
+  for (const TraceEvent& event : events)
+    CHECK(event.lane == Streamed<LruPolicy>::options().transfers.threads);
   engine.scheduler.reset_stats();
   CHECK(engine.scheduler.stats().total.stall_seconds == 0);
 }

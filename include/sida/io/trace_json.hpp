@@ -44,8 +44,8 @@ inline std::string trace_row_name(int row) {
 /// @endcond
 
 /// The events as JSON that Perfetto (ui.perfetto.dev) and chrome://tracing open: one row for the
-/// layers, one each for batches and hash building, one for each transfer thread. Times are
-/// microseconds since the earliest event.
+/// layers, one each for batches and hash building, one for each transfer thread, and one for loads
+/// that layers begin themselves. Times are microseconds since the earliest event.
 inline std::string trace_json(std::span<const TraceEvent> events) {
   double origin = events.empty() ? 0 : events[0].begin;
   int rows = 4;

@@ -57,7 +57,6 @@ class Demand {
 
   /// Experts that are resident now, pinned: at least one; waits for it, and the wait is exposed
   /// stall. Empty when all were handed out. Earlier leases must have ended.
-  ///
   /// @throws what a load threw; StateError when the scheduler is closed meanwhile.
   std::vector<Lease> next_ready() {
     std::unique_lock lock(cache_.mutex());

@@ -34,6 +34,7 @@ class Transfers {
       : cache_(cache),
         loader_(backend),
         chunk_bytes_(options.chunk_bytes),
+        lane_of_who_waits_(options.threads),
         trace_(trace),
         times_(backend, trace, cache.store().layers()),
         queue_(cache, options, only_begins()) {
@@ -69,7 +70,7 @@ class Transfers {
       while (!stopping_) {
         typename Queue::Load* const next = queue_.begin_demand(true);
         if (!next) break;
-        load(lock, *next, lane_of_who_waits);
+        load(lock, *next, lane_of_who_waits_);
         any = true;
       }
     return any;
@@ -83,8 +84,6 @@ class Transfers {
   const Queue& queue() const noexcept { return queue_; }
 
  private:
-  static constexpr std::int32_t lane_of_who_waits = -1;
-
   typename Queue::OnlyBegins only_begins() const {
     if constexpr (may_only_begin)
       return
@@ -159,6 +158,7 @@ class Transfers {
   Cache& cache_;
   SlabLoader<B> loader_;
   std::size_t chunk_bytes_;
+  std::int32_t lane_of_who_waits_;  // behind those of the threads
   Trace& trace_;
   StreamTimes<B> times_;
   Queue queue_;
