@@ -50,7 +50,10 @@ class StreamedBackend : public CpuBackend {
     return {work_.size() - 1};
   }
   void copy_async(void* to, const void* from, std::size_t bytes, Stream& stream) {
-    if (std::exchange(fails_, false)) throw CudaError("a copy that was to fail");
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::exchange(fails_, false)) throw CudaError("a copy that was to fail");
+    }
     enqueue(stream, {[to, from, bytes] { std::memcpy(to, from, bytes); }, {}, bytes});
   }
   /// Does `action` in the order of the stream.

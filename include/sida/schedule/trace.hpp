@@ -40,7 +40,7 @@ struct TraceEvent {
   double begin = 0;
   double end = 0;
   std::int64_t bytes = 0;  ///< of experts moved or computed
-  std::int32_t lane = 0;   ///< which of several threads of a kind; the last of loads: layers themselves
+  std::int32_t lane = 0;   ///< which of several threads of a kind; of loads, the last is layers
 };
 
 /// The latest events, at most `capacity` of them: older ones make way. Thread-safe.
