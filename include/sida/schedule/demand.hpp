@@ -87,7 +87,9 @@ class Demand {
   void wait(std::unique_lock<std::mutex>& lock) {
     const double begin = Trace::now();
     while (!closed_ && !needs_.is_over_waiting()) {
-      cache_.want_slot_locked(transfers_.queue().has_demands());
+      // For loads that only have to be begun; the others' are looked for by transfer threads.
+      if constexpr (Transfers<B, Policy>::may_only_begin)
+        cache_.want_slot_locked(transfers_.queue().has_demands());
       cache_.changed().wait(lock);
       if (transfers_.begin_loads(lock)) transfers_.queue().wake();
     }
