@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sida/cache/use_forecast.hpp"
 
+#include <cstdint>
+#include <random>
+
 #include "support/catch.hpp"
 
 using namespace sida;
@@ -102,4 +105,43 @@ TEST_CASE("A use that is not sure is expected between its step and what comes af
   forecast.add({0, 2}, 3);
   CHECK(forecast.expected_use({0, 1}) < forecast.expected_use({0, 2}));
   CHECK(forecast.expected_use({0, 2}) < forecast.expected_use({0, 0}));
+}
+
+TEST_CASE("Whatever becomes known, the next use is the first one after the step before now",
+          "[forecast]") {
+  constexpr std::int32_t layers = 3, experts = 4;
+  UseForecast forecast(layers, experts);
+  std::mt19937 random(3);
+  const auto draw = [&](int count) { return static_cast<std::int32_t>(random() % count); };
+  UseForecast::Step step = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const ExpertId id{draw(layers), draw(experts)};
+    switch (draw(7)) {
+      case 0:
+        forecast.add(id, step - step % layers + draw(5) * layers + id.layer, 0.25 * (1 + draw(4)));
+        break;
+      case 1:
+        forecast.add_guess(id, step - step % layers + layers + id.layer, 0.5);
+        break;
+      case 2:
+        forecast.begin_layer(static_cast<std::int32_t>(step % layers), step, {draw(experts)});
+        break;
+      case 3:
+        forecast.done(id);
+        break;
+      case 4:
+        step += layers - step % layers;
+        forecast.begin_pass(step);
+        break;
+      case 5:
+        forecast.forget_from(step + layers);
+        break;
+      default:
+        step += draw(2) * (step % layers + 1 < layers);
+        forecast.advance(step);
+    }
+    for (std::int32_t e = 0; e < experts; ++e)
+      REQUIRE(forecast.expected_use({id.layer, e}) ==
+              forecast.expected_use_after({id.layer, e}, forecast.now() - 1));
+  }
 }

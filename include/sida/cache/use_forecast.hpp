@@ -27,7 +27,8 @@ class UseForecast {
         experts_(experts),
         uses_(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts)),
         rates_(uses_.size()),
-        horizons_(static_cast<std::size_t>(layers), -1) {}
+        horizons_(static_cast<std::size_t>(layers), -1),
+        unknown_(static_cast<std::size_t>(layers)) {}
 
   /// The step of the layer at hand, or of the one that comes next.
   Step now() const noexcept { return now_; }
@@ -45,22 +46,14 @@ class UseForecast {
   /// A sure use is expected at its step. Before uses that are not sure, and without any, the
   /// harmonic mean of the distances counts, each with the probability that the use there is the
   /// next: a use that may well be near makes the expert worth keeping, however far the other is.
-  double expected_use(ExpertId id) const noexcept { return expected_use_after(id, now_ - 1); }
+  double expected_use(ExpertId id) const noexcept {
+    if (std::exchange(is_unknown_old_, false)) look_at_layers();
+    return expected(id, now_ - 1, unknown_[static_cast<std::size_t>(id.layer)]);
+  }
 
   /// The same for the first use after `step`.
   double expected_use_after(ExpertId id, Step step) const noexcept {
-    const auto before = static_cast<double>(now_ - 1);
-    double none_yet = 1, nearness = 0;
-    for (const Use& use : uses_[index(id)]) {
-      if (use.step <= step) continue;
-      if (none_yet == 1 && use.probability >= 1) return static_cast<double>(use.step);
-      nearness += none_yet * use.probability / (static_cast<double>(use.step) - before);
-      none_yet *= 1 - use.probability;
-      if (none_yet < 1e-3) break;
-    }
-    const double unknown = unknown_use_after(id, step);
-    if (none_yet == 1) return unknown;
-    return before + 1 / (nearness + none_yet / (unknown - before));
+    return expected(id, step, unknown_after(id.layer, step));
   }
 
   /// How probable a use of the expert at `step` is as far as foretold.
@@ -75,6 +68,7 @@ class UseForecast {
     add_guess(id, step, probability);
     Step& horizon = horizons_[static_cast<std::size_t>(id.layer)];
     horizon = std::max(horizon, step);
+    is_unknown_old_ = true;
   }
 
   /// The same, of a guess: it says nothing of the layer's experts that it does not name. Of what is
@@ -100,6 +94,7 @@ class UseForecast {
   void begin_layer(std::int32_t layer, Step step, const std::vector<std::int32_t>& needed) {
     drop_before(layer, step + 1);
     now_ = begun_ = step;
+    is_unknown_old_ = true;
     rates_.begin_layer(index({layer, 0}), static_cast<std::size_t>(experts_), needed);
     for (const std::int32_t expert : needed) {
       std::vector<Use>& uses = uses_[index({layer, expert})];
@@ -117,6 +112,7 @@ class UseForecast {
   void advance(Step step) {
     now_ = step;
     begun_ = step - 1;
+    is_unknown_old_ = true;
     for (std::int32_t layer = 0; layer < layers_; ++layer) drop_before(layer, now_);
   }
 
@@ -124,6 +120,7 @@ class UseForecast {
   void forget_from(Step step) {
     for (std::vector<Use>& uses : uses_) uses.erase(first_from(uses, step), uses.end());
     for (Step& horizon : horizons_) horizon = std::min(horizon, step - 1);
+    is_unknown_old_ = true;
   }
 
  private:
@@ -133,15 +130,43 @@ class UseForecast {
   };
 
   std::size_t index(ExpertId id) const noexcept { return index_of(id, experts_); }
-  // Beyond everything that is known of its layer: the walk has to come to the layer again, and then
-  // 1 / chance times until it is this one. How long ago the last use was counts only where no table
-  // tells of uses in between.
-  double unknown_use_after(ExpertId id, Step step) const noexcept {
-    const Step after = std::max({step, begun_, horizons_[static_cast<std::size_t>(id.layer)]});
-    const Step again = after + 1 + ((id.layer - after - 1) % layers_ + layers_) % layers_;
-    const double chance = after == begun_ ? rates_.chance(index(id), (again - first_) / layers_)
-                                          : rates_.frequency(index(id));
-    return static_cast<double>(again) + layers_ * (1 / chance - 1);
+  /// What lies beyond everything that is known of a layer.
+  struct Unknown {
+    Step again = 0;        // the walk comes to the layer
+    Step passes = 0;       // from the pass at hand
+    bool is_next = false;  // no table tells of uses in between
+  };
+
+  double expected(ExpertId id, Step step, const Unknown& beyond) const noexcept {
+    const auto before = static_cast<double>(now_ - 1);
+    double none_yet = 1, nearness = 0;
+    for (const Use& use : uses_[index(id)]) {
+      if (use.step <= step) continue;
+      if (none_yet == 1 && use.probability >= 1) return static_cast<double>(use.step);
+      nearness += none_yet * use.probability / (static_cast<double>(use.step) - before);
+      none_yet *= 1 - use.probability;
+      if (none_yet < 1e-3) break;
+    }
+    const double unknown = unknown_use(id, beyond);
+    if (none_yet == 1) return unknown;
+    return before + 1 / (nearness + none_yet / (unknown - before));
+  }
+  // The walk comes to the layer, and then 1 / chance times until it is this expert. How long ago
+  // the last use was counts only where no table tells of uses in between.
+  double unknown_use(ExpertId id, const Unknown& beyond) const noexcept {
+    const double chance =
+        beyond.is_next ? rates_.chance(index(id), beyond.passes) : rates_.frequency(index(id));
+    return static_cast<double>(beyond.again) + layers_ * (1 / chance - 1);
+  }
+  Unknown unknown_after(std::int32_t layer, Step step) const noexcept {
+    const Step after = std::max({step, begun_, horizons_[static_cast<std::size_t>(layer)]});
+    const Step again = after + 1 + ((layer - after - 1) % layers_ + layers_) % layers_;
+    return {again, (again - first_) / layers_, after == begun_};
+  }
+  // Once for all the experts among which a victim is looked for.
+  void look_at_layers() const noexcept {
+    for (std::int32_t layer = 0; layer < layers_; ++layer)
+      unknown_[static_cast<std::size_t>(layer)] = unknown_after(layer, now_ - 1);
   }
   static std::vector<Use>::iterator first_from(std::vector<Use>& uses, Step step) noexcept {
     return std::find_if(uses.begin(), uses.end(), [&](const Use& use) { return use.step >= step; });
@@ -156,7 +181,9 @@ class UseForecast {
   std::int32_t layers_, experts_;
   std::vector<std::vector<Use>> uses_;  // foretold uses of each expert, ascending
   UseRates rates_;
-  std::vector<Step> horizons_;  // the last step at which something is known of each layer
+  std::vector<Step> horizons_;            // the last step at which something is known of each layer
+  mutable std::vector<Unknown> unknown_;  // of each layer, from now on
+  mutable bool is_unknown_old_ = true;
   Step now_ = 0;
   Step first_ = 0;   // of the pass that began last
   Step begun_ = -1;  // the last step whose layer has begun

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -40,7 +39,7 @@ class UseRates {
       last_[index] = pass_;
     }
     for (const std::int32_t expert : used) counts_[first + static_cast<std::size_t>(expert)] += 1;
-    for (Habit& habit : habits_) habit.fade();
+    for (Habit& habit : habits_) habit.settle();
   }
 
   /// The share of passes that use the expert; never 0.
@@ -52,21 +51,21 @@ class UseRates {
   /// the pass at hand, with no use before.
   double chance(std::size_t expert, std::int64_t passes) const noexcept {
     const Habit& habit = habits_[habit_index(expert, pass_ + passes)];
-    return std::min(1.0, frequency(expert) * habit.factor());
+    return std::min(1.0, frequency(expert) * habit.factor);
   }
 
  private:
   struct Habit {
     double uses = 0, expected = 0;
-    // What few uses say counts for little.
-    double factor() const noexcept {
+    double factor = 1;
+    // Old uses fade; what few say counts for little.
+    void settle() noexcept {
       constexpr double doubt = 8;
-      return (uses + doubt) / (expected + doubt);
-    }
-    void fade() noexcept {
-      if (expected < 1024) return;
-      uses /= 2;
-      expected /= 2;
+      if (expected >= 1024) {
+        uses /= 2;
+        expected /= 2;
+      }
+      factor = (uses + doubt) / (expected + doubt);
     }
   };
   static constexpr std::int64_t never = -(std::int64_t{1} << 40);
@@ -75,8 +74,13 @@ class UseRates {
   std::size_t habit_index(std::size_t expert, std::int64_t pass) const noexcept {
     const auto since = static_cast<std::uint64_t>(std::max<std::int64_t>(pass - last_[expert], 1));
     const int age = std::min(static_cast<int>(std::bit_width(since)), ages) - 1;
-    const int rate = std::min(std::ilogb(1 / frequency(expert)), rates - 1);
+    const int rate = std::min(exponent(1 / frequency(expert)), rates - 1);
     return static_cast<std::size_t>(age * rates + rate);
+  }
+  // What std::ilogb says of a normal number, in an instruction or two: it is asked of every expert
+  // among which a victim is looked for.
+  static int exponent(double value) noexcept {
+    return static_cast<int>(std::bit_cast<std::uint64_t>(value) >> 52 & 0x7ff) - 1023;
   }
   Habit& habit_of(std::size_t expert) noexcept { return habits_[habit_index(expert, pass_)]; }
 
