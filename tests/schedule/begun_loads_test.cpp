@@ -217,6 +217,22 @@ TEST_CASE("What is foretold and under way is joined, and the rest of it only beg
   CHECK(stats.total.late == 1);
 }
 
+TEST_CASE("A slot that is free again before anybody waits for it is seen", "[scheduler]") {
+  Gate gate;
+  Streamed<LookAheadPolicy> engine(Budget::experts(1));
+  auto held = engine.backend.make_stream();
+  engine.backend.call(held, [&] { gate.pass(); });
+  engine.cache.commit(std::move(*engine.cache.reserve({0, 0})), engine.backend.fence(held));
+  engine.scheduler.begin_pass(table_of({{}, {5}, {}}), 0, {});
+  gate.wait_for_arrival();  // the only slot is on its way to another layer
+  auto demand = engine.scheduler.demand(0, {3}, {}, false);
+  gate.open();
+  REQUIRE(eventually([&] { return engine.cache.resident() == std::vector<ExpertId>{{1, 5}}; }));
+  const auto leases = demand.next_ready();
+  REQUIRE(leases.size() == 1);
+  CHECK(leases[0].id() == ExpertId{0, 3});
+}
+
 TEST_CASE("Leases that are all held by others are told, not waited for", "[scheduler]") {
   Streamed<LruPolicy> engine(Budget::experts(2));
   engine.call(0, {0, 1});

@@ -87,11 +87,14 @@ class Demand {
   void wait(std::unique_lock<std::mutex>& lock) {
     const double begin = Trace::now();
     while (!closed_ && !needs_.is_over_waiting()) {
+      if (transfers_.begin_loads(lock)) {  // into slots that have become free since
+        transfers_.queue().wake();
+        continue;
+      }
       // For loads that only have to be begun; the others' are looked for by transfer threads.
       if constexpr (Transfers<B, Policy>::may_only_begin)
         cache_.want_slot_locked(transfers_.queue().has_demands());
       cache_.changed().wait(lock);
-      if (transfers_.begin_loads(lock)) transfers_.queue().wake();
     }
     const double end = Trace::now();
     needs_.stats().stall_seconds += end - begin;
