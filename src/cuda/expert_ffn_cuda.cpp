@@ -79,8 +79,7 @@ class ExpertFfn<CudaBackend>::Call {
     reserve(plan_, cuda::plan_bytes(shape_));
     reserve(routing_, 2 * assignments() * sizeof(float));
     is_planned_ = false;
-    kept_few_ = nullptr;
-    whole_few_.reset();
+    whole_.reset();
     experts_.clear();
     if (routing.is_foretold)
       upload(routing);
@@ -131,7 +130,7 @@ class ExpertFfn<CudaBackend>::Call {
   void compute(const KeptExperts<CudaBackend>& kept) {
     expect_call("compute");
     if (cuda::is_few(shape_)) {
-      kept_few_ = &kept;  // computed by combine(), which knows where to
+      whole_ = {slabs_at(kept.arena, &kept.slots), {}};
       return;
     }
     make_plan();
@@ -141,10 +140,8 @@ class ExpertFfn<CudaBackend>::Call {
   void combine(const TensorView& out) {
     expect_call("combine");
     expect_tokens(out, shape_.tokens, "out");
-    if (kept_few_)
-      launch_few(out, slabs_at(kept_few_->arena, &kept_few_->slots));
-    else if (whole_few_)
-      launch_few(out, slabs_at(whole_few_->arena), whole_few_->slots);
+    if (whole_)
+      launch_whole(out);
     else
       combine_results(out);
     finish(false);
@@ -160,17 +157,16 @@ class ExpertFfn<CudaBackend>::Call {
       cuda::combine(shape_, plan(), weights(), workspace_.data(), out.data, stream_.native());
     });
   }
-  void launch_few(const TensorView& out, const cuda::ExpertSlabs& slabs,
-                  const cuda::FewSlots& slots = {}) {
+  void launch_whole(const TensorView& out) {
     const cuda::DeviceScope scope(backend_.device());
     const cuda::TakenRouting taken = is_planned_ ? cuda::TakenRouting{} : taken_;
     cuda::launched([&] {
-      cuda::compute_few(shape_, given_, taken, hidden_, slabs, workspace_.data(), counters_.data(),
-                        out.data, stream_.native(), slots);
+      cuda::compute_few(shape_, given_, taken, hidden_, whole_->slabs, workspace_.data(),
+                        counters_.data(), out.data, stream_.native(), whole_->slots);
     });
   }
 
-  // The slots go along with the launch. What is all of the call is computed by combine().
+  // The slots go along with the launch.
   void compute_few(std::span<const ExpertTask> tasks, const std::byte* arena) {
     cuda::FewSlots slots;
     std::ranges::fill(slots.of, -1);
@@ -182,7 +178,7 @@ class ExpertFfn<CudaBackend>::Call {
       slots.of[place] = slot_of_slab(slab_of(task), arena);
     }
     if (tasks.size() == experts_.size()) {
-      whole_few_ = {arena, slots};
+      whole_ = {slabs_at(arena), slots};
       return;
     }
     make_plan();
@@ -193,10 +189,7 @@ class ExpertFfn<CudaBackend>::Call {
     auto* const slot_of = reinterpret_cast<std::int32_t*>(uploads_.next(slot_bytes()));
     std::fill_n(slot_of, config_.experts, -1);
     for (const ExpertTask& task : tasks) slot_of[task.expert] = slot_of_slab(slab_of(task), arena);
-    {
-      const cuda::DeviceScope scope(backend_.device());
-      uploads_.send(slots_.data(), slot_bytes(), stream_);
-    }
+    uploads_.send(slots_.data(), slot_bytes(), stream_);
     launch_experts(slabs_at(arena, &slots_));
   }
 
@@ -353,13 +346,12 @@ class ExpertFfn<CudaBackend>::Call {
   const std::byte* hidden_ = nullptr;
   cuda::GivenRouting given_;
   cuda::TakenRouting taken_;
-  // What a call of few assignments goes to, whole.
-  struct WholeFew {
-    const std::byte* arena;
+  // What a call of few assignments goes to, whole: computed by combine(), which knows where to.
+  struct Whole {
+    cuda::ExpertSlabs slabs;
     cuda::FewSlots slots;
   };
-  const KeptExperts<CudaBackend>* kept_few_ = nullptr;
-  std::optional<WholeFew> whole_few_;
+  std::optional<Whole> whole_;
   bool is_planned_ = false;
   std::vector<std::int32_t> experts_;
   bool is_foretold_ = false;

@@ -70,14 +70,6 @@ struct OnGpu {
   OffloadScheduler<CudaBackend, Policy> scheduler;
 };
 
-PassNeeds random_needs(std::mt19937& random) {
-  PassNeeds needs(layers);
-  for (auto& layer : needs)
-    for (std::int32_t e = 0; e < experts; ++e)
-      if (random() % 2) layer.push_back(e);
-  return needs;
-}
-
 }  // namespace
 
 TEMPLATE_LIST_TEST_CASE("On the GPU a layer gets every expert whole, with any number of slots",
@@ -93,9 +85,9 @@ TEMPLATE_LIST_TEST_CASE("On the GPU a layer gets every expert whole, with any nu
   CHECK(engine.store->pinned_bytes() == host_bytes);  // of experts, and of a ring in pieces of one
   std::mt19937 random(11);
   for (int pass = 0; pass < 10; ++pass) {
-    const PassNeeds needs = random_needs(random);
+    const PassNeeds needs = random_needs(random, layers, experts);
     // Every other pass is foretold; of these every third wrongly.
-    const PassNeeds foretold = pass % 3 == 0 ? random_needs(random) : needs;
+    const PassNeeds foretold = pass % 3 == 0 ? random_needs(random, layers, experts) : needs;
     engine.scheduler.begin_pass(pass % 2 ? std::optional(table_of(foretold)) : std::nullopt, 0, {});
     for (std::int32_t layer = 0; layer < layers; ++layer)
       REQUIRE(engine.call(layer, needs[static_cast<std::size_t>(layer)]));

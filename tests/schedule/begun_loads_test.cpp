@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loads that only have to be begun: by who waits for them, who goes on while they are under way.
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <random>
-#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "sida/core/error.hpp"
@@ -92,18 +91,11 @@ TEMPLATE_TEST_CASE("Experts on their way are read whole, with any number of slot
   Streamed<TestType> engine(Budget::experts(slots), is_all_pinned ? all_pinned : even_pinned,
                             haste);
   std::mt19937 random(11);
-  const auto random_needs = [&] {
-    PassNeeds needs(layers);
-    for (auto& layer : needs)
-      for (std::int32_t e = 0; e < experts; ++e)
-        if (random() % 2) layer.push_back(e);
-    return needs;
-  };
   int expected = 0;
   for (int pass = 0; pass < 12; ++pass) {
-    const PassNeeds needs = random_needs();
+    const PassNeeds needs = random_needs(random, layers, experts);
     // Every other pass is foretold; of these every third wrongly.
-    const PassNeeds foretold = pass % 3 == 0 ? random_needs() : needs;
+    const PassNeeds foretold = pass % 3 == 0 ? random_needs(random, layers, experts) : needs;
     engine.scheduler.begin_pass(pass % 2 ? std::optional(table_of(foretold)) : std::nullopt, 0, {});
     for (std::int32_t layer = 0; layer < layers; ++layer) {
       const auto& wanted = needs[static_cast<std::size_t>(layer)];

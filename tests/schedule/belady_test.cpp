@@ -162,11 +162,7 @@ TEST_CASE("Slots are spared where layers wait for a link at rest, at a price tha
   std::mt19937 random(5);
   std::vector<HashTable> tables;
   for (std::uint64_t batch = 0; batch < 60; ++batch) {
-    PassNeeds needs(walk);
-    for (auto& layer : needs)
-      for (std::int32_t expert = 0; expert < many; ++expert)
-        if (random() % 2) layer.push_back(expert);
-    tables.push_back(table_of(needs, batch));
+    tables.push_back(table_of(random_needs(random, walk, many), batch));
   }
   const HashTable table = concatenate(tables);
   ReplayOptions options;

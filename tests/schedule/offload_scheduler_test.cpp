@@ -38,10 +38,9 @@ TEMPLATE_LIST_TEST_CASE("A layer gets every expert that it needs, with any numbe
   std::mt19937 random(7);
   for (int pass = 0; pass < 20; ++pass) {
     engine.scheduler.begin_pass({}, 0, {});
+    const PassNeeds needs = random_needs(random, 2, 8);
     for (std::int32_t layer = 0; layer < 2; ++layer) {
-      std::vector<std::int32_t> experts;
-      for (std::int32_t e = 0; e < 8; ++e)
-        if (random() % 2) experts.push_back(e);
+      const auto& experts = needs[static_cast<std::size_t>(layer)];
       REQUIRE(engine.call(layer, experts) == once(experts, 8));
     }
   }

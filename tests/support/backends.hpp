@@ -62,21 +62,23 @@ class CountingBackend : public CpuBackend {
   std::size_t allocated_ = 0, peak_ = 0;
 };
 
+/// Work on streams, by the stream's id, up to a place in it.
+struct StreamPlaces {
+  std::map<std::size_t, std::size_t> places;
+  void add(const StreamPlaces& other) {
+    for (const auto& [stream, place] : other.places)
+      places[stream] = std::max(places[stream], place);
+  }
+};
+
 /// A CPU backend whose streams run behind the host: what is enqueued on one is done once finish()
 /// is called for it. Copies are done at once all the same.
 class LateBackend : public CpuBackend {
  public:
   struct Stream {
-    int id = 0;
+    std::size_t id = 0;
   };
-  /// Work on streams, by the stream's id, up to a place in it.
-  struct Fence {
-    std::map<int, int> places;
-    void add(const Fence& other) {
-      for (const auto& [stream, place] : other.places)
-        places[stream] = std::max(places[stream], place);
-    }
-  };
+  using Fence = StreamPlaces;
 
   Stream make_stream() {
     const std::lock_guard lock(mutex_);
@@ -127,8 +129,9 @@ class LateBackend : public CpuBackend {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::map<int, int> enqueued_, done_;
-  int next_stream_ = 0, waiting_ = 0;
+  std::map<std::size_t, std::size_t> enqueued_, done_;
+  std::size_t next_stream_ = 0;
+  int waiting_ = 0;
 };
 
 static_assert(Backend<LateBackend>);

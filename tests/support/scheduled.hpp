@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <random>
 #include <span>
 #include <utility>
 #include <vector>
@@ -18,6 +19,15 @@ namespace sida::test {
 
 /// The experts that each layer of a pass needs.
 using PassNeeds = std::vector<std::vector<std::int32_t>>;
+
+/// In each layer about half of the experts.
+inline PassNeeds random_needs(std::mt19937& random, std::int32_t layers, std::int32_t experts) {
+  PassNeeds needs(static_cast<std::size_t>(layers));
+  for (auto& layer : needs)
+    for (std::int32_t e = 0; e < experts; ++e)
+      if (random() % 2) layer.push_back(e);
+  return needs;
+}
 
 /// The table that foretells exactly these needs, each with probability `probability`.
 inline HashTable table_of(const PassNeeds& needs, std::uint64_t key = 0, float probability = 1) {

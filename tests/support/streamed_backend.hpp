@@ -7,7 +7,6 @@
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -17,6 +16,7 @@
 #include "sida/backend/cpu_backend.hpp"
 #include "sida/core/error.hpp"
 #include "sida/schedule/slab_loader.hpp"
+#include "support/backends.hpp"
 #include "support/pattern_store.hpp"
 
 namespace sida::test {
@@ -33,14 +33,7 @@ class StreamedBackend : public CpuBackend {
   struct Stream {
     std::size_t id = 0;
   };
-  /// Places in streams.
-  struct Fence {
-    std::map<std::size_t, std::size_t> places;
-    void add(const Fence& other) {
-      for (const auto& [stream, place] : other.places)
-        places[stream] = std::max(places[stream], place);
-    }
-  };
+  using Fence = StreamPlaces;
 
   explicit StreamedBackend(Haste haste = Haste::none) : haste_(haste) {}
 

@@ -37,7 +37,7 @@ class Transfers {
         lane_of_who_waits_(options.threads),
         trace_(trace),
         times_(backend, trace, cache.store().layers()),
-        queue_(cache, options, only_begins()) {
+        queue_(cache, options, [this](ExpertId id) { return only_begins(id); }) {
     try {
       for (int lane = 0; lane < options.threads; ++lane)
         threads_.push_back(start_thread("for transfers", [this, lane] { run(lane); }));
@@ -84,11 +84,12 @@ class Transfers {
   const Queue& queue() const noexcept { return queue_; }
 
  private:
-  typename Queue::OnlyBegins only_begins() const {
+  // Whether a load of the expert that somebody waits for only has to be begun.
+  bool only_begins(ExpertId id) const {
     if constexpr (may_only_begin)
-      return
-          [&store = cache_.store()](ExpertId id) { return SlabLoader<B>::only_begins(store, id); };
-    return {};
+      return SlabLoader<B>::only_begins(cache_.store(), id);
+    else
+      return false;
   }
 
   void run(int lane) noexcept {
@@ -124,7 +125,7 @@ class Transfers {
       try {
         arrival =
             loader_.load(cache_.store(), id, done, chunk, slab, load.slot.readers(), is_awaited);
-        only_began = is_awaited;
+        only_began = is_awaited && only_begins(id);
         done += chunk;
       } catch (...) {
         error = std::current_exception();
@@ -139,7 +140,7 @@ class Transfers {
   // A load that is over, or will be behind `arrival`.
   void note(const TraceEvent& event, const typename B::Fence* arrival) noexcept {
     if constexpr (may_only_begin)
-      if (arrival && SlabLoader<B>::only_begins(cache_.store(), event.id)) try {
+      if (arrival) try {
           return times_.add_load(event, *arrival);
         } catch (...) {  // it is told as of now
         }
