@@ -41,7 +41,7 @@ TOKENS = {
     "qwen3-30b": (1, 64, 1024, 4096, 16384),
     "mixtral": (1, 64, 1024, 16384),
 }
-KERNELS = tuple("tuned narrow wide grouped hopper dot tiled general".split())
+KERNELS = tuple("tuned narrow wide grouped swapped hopper dot tiled general".split())
 ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "silu_clamped", "swiglu_clamped")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Layer = Callable[[], Tensor]

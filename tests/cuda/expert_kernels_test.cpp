@@ -307,13 +307,13 @@ TEST_CASE("a layer is within its dtype's limit of the definition in f64") {
 
 TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
   if (!gpu_found()) return;
-  const auto kernel =
-      GENERATE(cuda::Kernel::narrow, cuda::Kernel::wide, cuda::Kernel::grouped,
-               cuda::Kernel::hopper, cuda::Kernel::dot, cuda::Kernel::tiled, cuda::Kernel::general);
+  const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::wide, cuda::Kernel::grouped,
+                               cuda::Kernel::swapped, cuda::Kernel::hopper, cuda::Kernel::dot,
+                               cuda::Kernel::tiled, cuda::Kernel::general);
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
   const bool full = kernel == cuda::Kernel::dot || kernel == cuda::Kernel::tiled;
   if (kernel != cuda::Kernel::general && full != (dtype == DataType::f32)) return;
-  const auto tokens = GENERATE(1, 5, 65, 300);
+  const auto tokens = GENERATE(1, 5, 65, 300, 700);
   struct Case {
     std::int32_t experts, top_k, hidden, intermediate;
     bool gated;
@@ -334,8 +334,8 @@ TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
 TEST_CASE("activations that are clamped are their definitions, past the limit too") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);
-  const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::grouped, cuda::Kernel::hopper,
-                               cuda::Kernel::tiled, cuda::Kernel::general);
+  const auto kernel = GENERATE(cuda::Kernel::narrow, cuda::Kernel::grouped, cuda::Kernel::swapped,
+                               cuda::Kernel::hopper, cuda::Kernel::tiled, cuda::Kernel::general);
   const auto activation = GENERATE(Activation::silu_clamped, Activation::swiglu_clamped);
   const bool swiglu = activation == Activation::swiglu_clamped;
   MoeConfig config = config_of(dtype, 1, 1, 64, 72, true, activation, true);

@@ -38,6 +38,21 @@ struct Pair<__nv_bfloat16> {
   __device__ static __nv_bfloat162 of(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 
+template <Act activation>
+struct Chosen {
+  static constexpr Act value = activation;
+};
+
+/// An output: `sum` is the weights' (with a gate: the gate's) product with its bias, `up` that
+/// beside the gate.
+template <class Task, Act activation>
+__device__ float finished(float sum, float up, float limit) {
+  if constexpr (Task::down) return sum;
+  sum = quickly_activated<activation>(sum, limit);
+  if constexpr (Task::gated) sum *= beside_gate(activation, up, limit);
+  return sum;
+}
+
 /// Finishes outputs `at` and `at` + 1 of an expert's row, as one word.
 template <class Task, class Element, Act activation>
 __device__ unsigned finished_pair(const Task& task, int at, const float (&sums)[2],
@@ -45,12 +60,10 @@ __device__ unsigned finished_pair(const Task& task, int at, const float (&sums)[
   const float limit = task.product.shape.limit;
   float values[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    values[i] = sums[i] + task.bias(at + i);
-    if constexpr (!Task::down) values[i] = quickly_activated<activation>(values[i], limit);
-    if constexpr (Task::gated)
-      values[i] *= beside_gate(activation, ups[i] + task.bias(task.outputs() + at + i), limit);
-  }
+  for (int i = 0; i < 2; ++i)
+    values[i] = finished<Task, activation>(
+        sums[i] + task.bias(at + i),
+        Task::gated ? ups[i] + task.bias(task.outputs() + at + i) : 0.0f, limit);
   const auto pair = Pair<Element>::of(values[0], values[1]);
   return *reinterpret_cast<const unsigned*>(&pair);
 }
@@ -101,26 +114,27 @@ __device__ void finish_activated(const Task& task, int row, int column, Sum&& su
   }
 }
 
+/// Calls `function` with the layer's activation as a constant; a down product has none.
+template <class Task, class Function>
+__device__ void with_activation(const Task& task, Function&& function) {
+  const Act activation = Task::down ? Act::relu : task.product.shape.activation;
+  if constexpr (!Task::down) {
+    if (activation == Act::relu2) return function(Chosen<Act::relu2>{});
+    if (activation == Act::gelu) return function(Chosen<Act::gelu>{});
+    if (activation == Act::gelu_tanh) return function(Chosen<Act::gelu_tanh>{});
+    if (activation == Act::silu) return function(Chosen<Act::silu>{});
+    if (activation == Act::silu_clamped) return function(Chosen<Act::silu_clamped>{});
+    if (activation == Act::swiglu_clamped) return function(Chosen<Act::swiglu_clamped>{});
+  }
+  function(Chosen<Act::relu>{});
+}
+
 /// The same with the layer's activation.
 template <class Task, class Element, int pairs, class Sum, class Up>
 __device__ void finish_pairs(const Task& task, int row, int column, Sum&& sum, Up&& up) {
-  const Act activation = Task::down ? Act::relu : task.product.shape.activation;
-  if constexpr (!Task::down) {
-    if (activation == Act::relu2)
-      return finish_activated<Task, Element, pairs, Act::relu2>(task, row, column, sum, up);
-    if (activation == Act::gelu)
-      return finish_activated<Task, Element, pairs, Act::gelu>(task, row, column, sum, up);
-    if (activation == Act::gelu_tanh)
-      return finish_activated<Task, Element, pairs, Act::gelu_tanh>(task, row, column, sum, up);
-    if (activation == Act::silu)
-      return finish_activated<Task, Element, pairs, Act::silu>(task, row, column, sum, up);
-    if (activation == Act::silu_clamped)
-      return finish_activated<Task, Element, pairs, Act::silu_clamped>(task, row, column, sum, up);
-    if (activation == Act::swiglu_clamped)
-      return finish_activated<Task, Element, pairs, Act::swiglu_clamped>(task, row, column, sum,
-                                                                         up);
-  }
-  finish_activated<Task, Element, pairs, Act::relu>(task, row, column, sum, up);
+  with_activation(task, [&](auto activation) {
+    finish_activated<Task, Element, pairs, activation.value>(task, row, column, sum, up);
+  });
 }
 
 }  // namespace sida::cuda

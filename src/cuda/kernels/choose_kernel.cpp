@@ -34,7 +34,7 @@ constexpr double any = 1e30;
 // rows need few registers for more blocks; the rare expert with more than eight rows then reads its
 // weights again, from L2.
 constexpr Entry hopper_table[] = {
-    {8, 0, Kernel::narrow}, {0, 1, Kernel::narrow}, {0, any, Kernel::hopper}};
+    {8, 0, Kernel::narrow}, {0, 64, Kernel::swapped}, {0, any, Kernel::hopper}};
 constexpr Entry other_table[] = {{8, 0, Kernel::narrow},
                                  {0, 4, Kernel::narrow},
                                  {0, 16, Kernel::wide},
@@ -80,6 +80,7 @@ bool takes(const LayerShape& shape, Kernel kernel) {
     case Kernel::wide:
     case Kernel::grouped:
       return streams_weights(shape.dtype, shape.hidden, shape.intermediate);
+    case Kernel::swapped:
     case Kernel::hopper:
       return takes(shape, Kernel::grouped) && hopper_built && compute_capability() == 9;
     case Kernel::dot:

@@ -10,8 +10,8 @@
 namespace sida::cuda {
 
 /// Each kernel's name, in the order of Kernel.
-inline constexpr std::string_view kernel_names[] = {"tuned",  "narrow", "wide",  "grouped",
-                                                    "hopper", "dot",    "tiled", "general"};
+inline constexpr std::string_view kernel_names[] = {
+    "tuned", "narrow", "wide", "grouped", "swapped", "hopper", "dot", "tiled", "general"};
 static_assert(std::size(kernel_names) == static_cast<std::size_t>(Kernel::general) + 1);
 
 /// Whether a kernel computes this shape on the current device; `tuned` is none.

@@ -19,6 +19,7 @@ void launch_product(const Product& product, const FewSlots& few, cudaStream_t st
   constexpr const char* what = "launch a product of expert weights";
   const LayerShape& shape = product.shape;
   const Kernel kernel = shape.kernel;
+  if (kernel == Kernel::swapped) return launch_swapped(product, phase, stream);
   if (kernel == Kernel::hopper) return launch_hopper(product, phase, stream);
   if (kernel == Kernel::grouped) return launch_grouped(product, phase, stream);
   const int outputs = phase == Phase::down ? shape.hidden : shape.intermediate;

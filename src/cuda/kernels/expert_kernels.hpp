@@ -27,6 +27,7 @@ enum class Kernel : std::uint8_t {
   narrow,   ///< mma.sync on streamed weights, 16 weight rows and 8 tokens at a time
   wide,     ///< the same with 32 weight rows and 32 tokens at a time
   grouped,  ///< tiles of 128 rows x 128 weight rows, mma.sync
+  swapped,  ///< tiles of 128 weight rows x up to 128 rows, wgmma and tensor copies
   hopper,   ///< tiles of 128 rows x 256 weight rows, wgmma and tensor copies
   dot,      ///< f32 weights: a warp for each weight row
   tiled,    ///< f32 weights: tiles of 128 rows x 128 weight rows

@@ -45,9 +45,7 @@ __global__ void __launch_bounds__(grouped_threads) grouped_kernel(Product produc
   const int warp_row = warp % 2 * 64, warp_column = warp / 2 * (Task::gated ? 16 : 32);
   const unsigned base = shared_address(memory);
 
-  for (int number = static_cast<int>(blockIdx.x); number < schedule.tiles();
-       number += static_cast<int>(gridDim.x)) {
-    const Tile tile = schedule.at<tile_rows, outputs_each>(number);
+  for (Tile tile; schedule.next<tile_rows, outputs_each>(tile);) {
     const Task task{product, product.slabs.arena + tile.slot * product.slabs.stride, tile.expert};
     int rows[tile_rows / copied_rows], weights[tile_outputs / copied_rows];
 #pragma unroll

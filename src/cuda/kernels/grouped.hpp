@@ -10,6 +10,9 @@ namespace sida::cuda {
 /// Enqueues Kernel::grouped.
 void launch_grouped(const Product& product, Phase phase, Stream stream);
 
+/// Enqueues Kernel::swapped.
+void launch_swapped(const Product& product, Phase phase, Stream stream);
+
 /// Enqueues Kernel::hopper.
 void launch_hopper(const Product& product, Phase phase, Stream stream);
 

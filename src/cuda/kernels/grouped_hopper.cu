@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "grouped.hpp"
 
-#include <cudaTypedefs.h>
-
-#include <algorithm>
-#include <initializer_list>
-
 #include "activation.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
+#include "tensor_map.hpp"
 
 namespace sida::cuda {
 namespace {
@@ -27,19 +23,6 @@ struct Stages {
   std::uint64_t full[stages], empty[stages];
 };
 constexpr std::size_t stages_bytes = sizeof(Stages) + 1024;
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/// Where a block is in its ring of stages.
-struct Turn {
-  int stage = 0;
-  unsigned parity = 0;
-  __device__ void next() {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-#endif
 
 /// A block computes tiles of 128 rows x 256 weight rows (with a gate: 128 of the gate's and the 128
 /// beside them). One warpgroup brings both operands into a ring of four stages: weights as tensor
@@ -76,8 +59,8 @@ __global__ void __launch_bounds__(hopper_threads, 1)
   __syncthreads();
   let_next_start();
   TileSchedule schedule(product, first_tile, output_tiles);
-  const int blocks = static_cast<int>(gridDim.x), steps = (depth + tile_depth - 1) / tile_depth;
-  Turn turn;
+  const int steps = (depth + tile_depth - 1) / tile_depth;
+  hopper::Turn<stages> turn;
 
   if (thread < copying_threads) {
     hopper::give_registers<56>();
@@ -85,8 +68,7 @@ __global__ void __launch_bounds__(hopper_threads, 1)
     if constexpr (!gathers)
       if (!copies_weights) wait_for_previous();
     if (copies_weights || copies_rows)
-      for (int number = static_cast<int>(blockIdx.x); number < schedule.tiles(); number += blocks) {
-        const Tile tile = schedule.at<tile_rows, outputs_each>(number);
+      for (Tile tile; schedule.next<tile_rows, outputs_each>(tile);) {
         const Task task{product, nullptr, tile.expert};
         const int chunk = thread % 8, lane_row = thread / 8;
         int sources[tile_rows / 16];
@@ -130,8 +112,7 @@ __global__ void __launch_bounds__(hopper_threads, 1)
     hopper::take_registers<224>();
     if constexpr (!gathers) wait_for_previous();
     const int group = thread / copying_threads - 1, lane = thread % 32;
-    for (int number = static_cast<int>(blockIdx.x); number < schedule.tiles(); number += blocks) {
-      const Tile tile = schedule.at<tile_rows, outputs_each>(number);
+    for (Tile tile; schedule.next<tile_rows, outputs_each>(tile);) {
       const int first_row = tile.row + group * 64;
       if (first_row >= tile.expert.rows) {
         for (int step = 0; step < steps; ++step, turn.next()) {
@@ -150,7 +131,8 @@ __global__ void __launch_bounds__(hopper_threads, 1)
         hopper::begin_multiply();
 #pragma unroll
         for (int k = 0; k < tile_depth / 16; ++k)
-          hopper::multiply<Element>(sums, rows + 2 * k, columns + 2 * k, step > 0 || k > 0);
+          hopper::multiply<Element, tile_outputs>(sums, rows + 2 * k, columns + 2 * k,
+                                                  step > 0 || k > 0);
         hopper::end_multiply();
         hopper::wait_multiply<1>();
         if (step > 0 && lane == 0) hopper::arrive(&ring.empty[previous]);
@@ -172,41 +154,9 @@ __global__ void __launch_bounds__(hopper_threads, 1)
 #endif
 }
 
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                         cudaEnableDefault, &found),
-        "find the driver's tensor copies");
-  check(found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported,
-        "find the driver's tensor copies");
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-/// Boxes of 64 columns and `box_rows` rows of 16-bit elements: in `dimensions` from the innermost,
-/// `strides` in bytes from the second on.
-CUtensorMap tensor_map(Dtype dtype, const void* base, std::initializer_list<std::size_t> dimensions,
-                       std::initializer_list<std::size_t> strides, unsigned box_rows) {
-  static const auto encode = encoder();
-  cuuint64_t size[3] = {}, stride[2] = {};
-  std::copy(dimensions.begin(), dimensions.end(), size);
-  std::copy(strides.begin(), strides.end(), stride);
-  const cuuint32_t box[3] = {tile_depth, box_rows, 1}, each[3] = {1, 1, 1};
-  CUtensorMap map{};
-  const CUresult status = encode(
-      &map,
-      dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      static_cast<cuuint32_t>(dimensions.size()), const_cast<void*>(base), size, stride, box, each,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "describe expert weights");
-  return map;
-}
-
 template <class Element, Phase phase>
 void launch_phase(const Product& product, cudaStream_t stream) {
   constexpr bool down = phase == Phase::down, gated = phase == Phase::gated_up;
-  constexpr std::size_t any_slot = 1 << 20;
   const LayerShape& shape = product.shape;
   const auto hidden = static_cast<std::size_t>(shape.hidden);
   const auto intermediate = static_cast<std::size_t>(shape.intermediate);
@@ -216,12 +166,12 @@ void launch_phase(const Product& product, cudaStream_t stream) {
       product.slabs.arena + (down ? product.slabs.down_offset : product.slabs.up_offset);
   const CUtensorMap weights =
       tensor_map(shape.dtype, part, {depth, outputs, any_slot}, {2 * depth, product.slabs.stride},
-                 gated ? tile_outputs / 2 : tile_outputs);
+                 {tile_depth, gated ? tile_outputs / 2 : tile_outputs, 1});
   const std::size_t rows =
       down ? static_cast<std::size_t>(shape.tokens) * static_cast<std::size_t>(shape.top_k)
            : static_cast<std::size_t>(shape.tokens);
   const CUtensorMap input =
-      tensor_map(shape.dtype, product.in, {depth, rows}, {2 * depth}, tile_rows);
+      tensor_map(shape.dtype, product.in, {depth, rows}, {2 * depth}, {tile_depth, tile_rows});
   const auto kernel = hopper_kernel<Element, phase>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, stages_bytes),
         "reserve shared memory");

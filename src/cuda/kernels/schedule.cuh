@@ -14,7 +14,7 @@ struct Tile {
   int slot, row, output;
 };
 
-/// The tiles of all experts of a product, numbered through: blocks that stay take every n-th.
+/// The tiles of all experts of a product, numbered through and shared among blocks that stay.
 class TileSchedule {
  public:
   /// Counts each present expert's tiles into `first_tile` [max_experts + 1], shared memory; by one
@@ -47,8 +47,20 @@ class TileSchedule {
         output_tiles_(output_tiles),
         tiles_(first_tile[*product.plan.active_count]) {}
 
-  __device__ int tiles() const { return tiles_; }
+  /// The block's next tile, if there is one. In each round every block takes one of as many tiles
+  /// as there are blocks, each time the one behind that of the round before: the last tile of an
+  /// expert has few rows, and would else be the same block's for one expert after the other.
+  template <int tile_rows, int tile_outputs>
+  __device__ bool next(Tile& tile) {
+    const int blocks = static_cast<int>(gridDim.x), first = round_ * blocks;
+    const int number = first + (static_cast<int>(blockIdx.x) + round_) % blocks;
+    ++round_;
+    if (number >= tiles_) return false;
+    tile = at<tile_rows, tile_outputs>(number);
+    return true;
+  }
 
+ private:
   /// Tile `number`, not below that of the call before.
   template <int tile_rows, int tile_outputs>
   __device__ Tile at(int number) {
@@ -63,10 +75,9 @@ class TileSchedule {
             (group * neighbour_tiles + inside % wide) * tile_rows, inside / wide * tile_outputs};
   }
 
- private:
   const Product& product_;
   const int* first_tile_;
-  int output_tiles_, tiles_, active_ = 0;
+  int output_tiles_, tiles_, active_ = 0, round_ = 0;
 };
 
 }  // namespace sida::cuda

@@ -42,7 +42,7 @@ SIDA_HOST_DEVICE constexpr int down_splits(const LayerShape& shape, int rows) {
 
 /// Whether the rows' results are kept in the dtype, not f32.
 constexpr bool short_results(Kernel kernel) {
-  return kernel == Kernel::grouped || kernel == Kernel::hopper;
+  return kernel == Kernel::grouped || kernel == Kernel::swapped || kernel == Kernel::hopper;
 }
 
 /// Where in a call's scratch memory the rows' results begin: it holds activations [T * k, I] of the
