@@ -26,12 +26,11 @@ from cuda_decoder import (
     all_resident,
     each_share,
     fewer,
-    free_memory,
     run,
     with_fewer,
 )
 from decoder_models import Shape, make_decoder, text
-from gpu_timing import link_peak
+from gpu_timing import free_memory, link_peak
 from torch import Tensor
 
 NAME = "cuda/compiled_decoder"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import json
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ import harness
 import numpy as np
 import torch
 from decoder_models import SHAPES, SMALL, Shape, half_on_host, make_decoder, text
-from gpu_timing import ANY_SPREAD, finished, gpu, link_peak, wait
+from gpu_timing import ANY_SPREAD, finished, free_memory, gpu, link_peak, wait
 from torch import Tensor
 
 import sida
@@ -249,13 +248,6 @@ def blocks_alone(ways: dict[str, Blocks], layers: int, turns: int) -> dict[str, 
             candidates = {name: functools.partial(timed, name) for name in ways}
             found[f"{part}_{what}"] = harness.interleave(candidates, turns)
     return found
-
-
-def free_memory() -> None:
-    """Give back what torch keeps for its next tensors: sida's arena does not come from there."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def bring_all(off: sida.Offloaded) -> None:

@@ -24,17 +24,15 @@ import harness
 import numpy as np
 import torch
 from gpu_timing import ANY_SPREAD, finished, gpu, link_peak
+from switch_base import BATCHES, accelerated, batches_of, make_encoder, shape_name
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 from transformers.models.switch_transformers import modeling_switch_transformers as modeling
 
 import sida
 
 SHAPES = ((1, 32), (1, 128), (8, 128), (32, 128))
 SHARES = (1.0, 0.5, 0.2, 0.1)
-BATCHES = 8
-"""Different ones, in turns."""
 TURNS = 2
 """Of all experts, and of fewer without tables and with them."""
 AT_LEAST = {
@@ -44,39 +42,6 @@ AT_LEAST = {
     (1, 128): (7, 10, 7, 1.5),
     (32, 128): (12, 8, 7, 1.1),
 }
-
-
-def make_model(experts: int) -> Any:
-    """Return the encoder of Switch-base's shape, on the GPU."""
-    config = SwitchTransformersConfig(
-        d_model=768,
-        d_ff=3072,
-        d_kv=64,
-        num_heads=12,
-        num_layers=12,
-        num_sparse_encoder_layers=6,
-        num_experts=experts,
-        expert_capacity=64,
-        vocab_size=32128,
-        dropout_rate=0.0,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model = SwitchTransformersEncoderModel(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False)
-
-
-def batches_of(shape: tuple[int, int]) -> list[Tensor]:
-    """Return token ids as frequent as the words of a text."""
-    often = 1 / torch.arange(1, 32001, device="cuda").float()
-    return [
-        torch.multinomial(often, shape[0] * shape[1], replacement=True).view(shape)
-        for _ in range(BATCHES)
-    ]
 
 
 class Grouped:
@@ -117,24 +82,6 @@ class Grouped:
             return out
 
         return forward
-
-
-def accelerated(model: Any, share: float) -> Any:
-    """Dispatch a copy whose experts lie in RAM, but for a share of each layer's."""
-    from accelerate import dispatch_model
-
-    model = copy.deepcopy(model)
-    places: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, modeling.SwitchTransformersDenseActDense) and ".experts." in name:
-            stays = int(name.rpartition("_")[2]) < share * model.config.num_experts
-            places[name] = 0 if stays else "cpu"
-            module.to("cuda" if stays else "cpu")
-    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
-        if ".experts." not in name:
-            places[name.rpartition(".")[0] or name] = 0
-    places |= {"encoder.embed_tokens": 0, "shared": 0}
-    return dispatch_model(model, places, main_device="cuda:0", force_hooks=True)
 
 
 def resident(ours: Any, model: Any, batches: list[Tensor], turns: int) -> dict[str, Any]:
@@ -284,7 +231,7 @@ def targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
     """Hold the figures against what was promised."""
     found = []
     for (sentences, tokens), limits in AT_LEAST.items():
-        name = f"{sentences}x{tokens}"
+        name = shape_name((sentences, tokens))
         if name not in shapes:
             continue
         figures = shapes[name]
@@ -335,9 +282,11 @@ def targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
 def measure(options: Any) -> dict[str, Any]:
     """Return times of a batch, by shape and share of the experts."""
     peak = link_peak()
-    shapes = [shape for shape in SHAPES if not options.shapes or _name(shape) in options.shapes]
+    shapes = [
+        shape for shape in SHAPES if not options.shapes or shape_name(shape) in options.shapes
+    ]
     batches = {shape: batches_of(shape) for shape in shapes}
-    original = make_model(options.experts)
+    original = make_encoder(options.experts)
     models: dict[str, Any] = {
         "hugging_face": original,
         "accelerate": {share: accelerated(original, share) for share in (0.2, 0.0)},
@@ -354,7 +303,7 @@ def measure(options: Any) -> dict[str, Any]:
     models |= {"full": full, "plain": plain, "foretold": foretold, "tables": tables}
     with full, plain, foretold:
         found = {
-            _name(shape): measure_shape(shape, models, batches[shape], options, peak)
+            shape_name(shape): measure_shape(shape, models, batches[shape], options, peak)
             for shape in shapes
         }
     return {
@@ -364,10 +313,6 @@ def measure(options: Any) -> dict[str, Any]:
         "shapes": found,
         "targets": targets(found),
     }
-
-
-def _name(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
 
 
 def main() -> None:

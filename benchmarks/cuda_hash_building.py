@@ -21,6 +21,7 @@ import harness
 import numpy as np
 import torch
 from gpu_timing import ANY_SPREAD, finished, gpu
+from switch_base import batches_of, make_encoder
 from torch import Tensor
 
 import sida
@@ -101,7 +102,7 @@ def mapped(original: Any, folder: Path, repetitions: int) -> dict[str, Any]:
     """Time `map` with the recorded tables, and with predictors besides."""
     fingerprint = find_adapter(original).fingerprint()
     path = saved(folder, "lstm", fingerprint)
-    batches = {shape: cuda_encoder.batches_of(shape) for shape in SHAPES}
+    batches = {shape: batches_of(shape) for shape in SHAPES}
     with sida.offload(copy.deepcopy(original), memory=1.0, device="cuda") as off:
         recorded = cuda_encoder.joined(
             [cuda_encoder.record(off, each) for each in batches.values()]
@@ -148,7 +149,7 @@ def measure(repetitions: int) -> dict[str, Any]:
             for kind in KINDS
             for path in [saved(folder, kind, "")]
         }
-        maps = mapped(cuda_encoder.make_model(EXPERTS), folder, repetitions)
+        maps = mapped(make_encoder(EXPERTS), folder, repetitions)
     targets = []
     for name, figures in maps.items():
         median = {who: times["median"] for who, times in figures["seconds"].items()}

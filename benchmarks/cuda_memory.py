@@ -18,8 +18,9 @@ from typing import Any
 
 import harness
 import torch
-from cuda_encoder import SHARES, batches_of, make_model
+from cuda_encoder import SHARES
 from gpu_timing import gpu, wait
+from switch_base import batches_of, make_encoder
 
 import sida
 
@@ -96,14 +97,14 @@ def call_each_kernel(model: Any, batch: Any) -> None:
 def measure(experts: int, share: float, shape: tuple[int, int]) -> dict[str, Any]:
     """Return one budget's figures, in bytes."""
     batches = batches_of(shape)
-    model = make_model(experts)
+    model = make_encoder(experts)
     extra = beside_weights(model, batches)
     others, all_experts = bytes_of(model, experts=False), bytes_of(model, experts=True)
     call_each_kernel(model.to("cpu"), batches[0])
     del model
     torch.cuda.empty_cache()
     before = used()
-    model = make_model(experts).to("cpu")
+    model = make_encoder(experts).to("cpu")
     torch.cuda.empty_cache()
     with Peak() as peak:
         off = sida.offload(model, memory=share, device="cuda")

@@ -122,13 +122,14 @@ def target(
     return {"what": what, "figure": figure, **limit, "met": met}
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return the options of every benchmark."""
+def arguments(description: str | None, repetitions: int = 20) -> argparse.ArgumentParser:
+    """Return the options of every benchmark; `repetitions` where none are asked for."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--anyway", action="store_true", help="on a busy machine too; prints, writes nothing"
     )
-    parser.add_argument("--repetitions", type=int, default=20, help="turns (default: 20)")
+    turns = f"turns (default: {repetitions})"
+    parser.add_argument("--repetitions", type=int, default=repetitions, help=turns)
     return parser
 
 

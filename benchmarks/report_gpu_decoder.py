@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of docs/performance-gpu.md that show decoders."""
+"""The blocks of docs/performance-gpu.md that show decoders, alone and behind an encoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import Any
 from report_tables import milliseconds, needs, table, targets_table
 
 Results = Mapping[str, Any]
-NAME, COMPILED = "cuda_decoder", "cuda_compiled_decoder"
+NAME, COMPILED, GENERATE = "cuda_decoder", "cuda_compiled_decoder", "cuda_generate"
 PEERS = ("eager", "grouped_mm", "batched_mm")
 WAYS = {"no_prediction": "without prediction", "look_ahead": "look-ahead"}
+CANDIDATES = {
+    "no_prediction": "sida, {share}, without prediction",
+    "look_ahead": "sida, {share}, look-ahead",
+    "resident": "sida, 100%",
+    "hugging_face": "Hugging Face, 100%",
+    "accelerate": "accelerate, {share}",
+}
+"""Of whole calls of `generate`."""
 FEWER = ("a token", "hits", "R, ms", "M, ms", "ms", "/ (R + M)")
 
 
@@ -87,6 +95,33 @@ def gpu_decoder_compiled(results: Results) -> str:
     )
 
 
+@needs(GENERATE)
+def gpu_generate(results: Results) -> str:
+    """Whole calls of `generate`: times by batch and candidate, and the targets."""
+    found = results[GENERATE]
+    share = f"{found['share']:.0%}"
+    rows = [
+        (
+            f"{batch.replace('x', ' x ')}, {what.format(share=share)}",
+            milliseconds(figures[way]),
+            f"{figures['accelerate']['median'] / figures[way]['median']:.1f}",
+            *_moving(figures[way]),
+            f"{100 * figures[way]['same_tokens']:.0f} %",
+        )
+        for batch, figures in found["shapes"].items()
+        for way, what in CANDIDATES.items()
+    ]
+    head = (f"{found['new_tokens']} tokens a sentence", "ms", "× accelerate", "hits", "M, ms")
+    shown = table((*head, "tokens as Hugging Face's"), rows)
+    return f"{shown}\n\n{targets_table(found['targets'])}"
+
+
+def _moving(figures: Mapping[str, Any]) -> tuple[str, str]:
+    if "moving" not in figures:
+        return "", ""
+    return f"{100 * figures['hit_rate']:.0f} %", f"{1e3 * figures['moving']:.1f}"
+
+
 def _fewer_rows(shape: str, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for share in _shares(found):
@@ -118,5 +153,6 @@ BLOCKS = {
         gpu_decoder_alone,
         gpu_decoder_targets,
         gpu_decoder_compiled,
+        gpu_generate,
     )
 }

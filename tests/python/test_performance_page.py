@@ -123,6 +123,31 @@ def test_decoders_on_a_gpu_are_shown_with_what_they_miss() -> None:
     assert "| a token, time / (R + M) | 1.25 | ≤ 1.1 | **no** |" in page
 
 
+def test_generate_on_a_gpu_is_shown_beside_accelerate() -> None:
+    def took(seconds: float, same: float) -> dict[str, float]:
+        return {"median": seconds, "minimum": seconds / 2, "same_tokens": same}
+
+    few = {**took(0.25, 0.96), "moving": 0.0123, "hit_rate": 0.75}
+    figures = {
+        "hugging_face": took(0.5, 1),
+        "accelerate": took(1, 1),
+        "resident": {**took(0.2, 0.96), "moving": 0.0, "hit_rate": 1.0},
+        "no_prediction": few,
+        "look_ahead": few,
+    }
+    target = {"what": "1x128, against accelerate", "figure": 4.0, "at_least": 8, "met": False}
+    found = {"share": 0.2, "new_tokens": 16, "shapes": {"1x128": figures}, "targets": [target]}
+    shown = report.BLOCKS["gpu-generate"]({"cuda_generate": found})
+    assert "| 16 tokens a sentence |" in shown
+    same = "250.00 (125.00) | 4.0 | 75 % | 12.3 | 96 % |"
+    assert f"| 1 x 128, sida, 20%, without prediction | {same}" in shown
+    assert f"| 1 x 128, sida, 20%, look-ahead | {same}" in shown
+    assert "| 1 x 128, sida, 100% | 200.00 (100.00) | 5.0 | 100 % | 0.0 | 96 % |" in shown
+    assert "| 1 x 128, Hugging Face, 100% | 500.00 (250.00) | 2.0 |  |  | 100 % |" in shown
+    assert "| 1 x 128, accelerate, 20% | 1000.00 (500.00) | 1.0 |  |  | 100 % |" in shown
+    assert "| 1x128, against accelerate | 4 | ≥ 8 | **no** |" in shown
+
+
 def test_memory_and_random_work_on_a_gpu_are_shown_with_what_failed() -> None:
     run = {"taken_bytes": 3 << 30, "limit_bytes": 2 << 30, "samples": 900, "kept": False}
     run |= {"shape": [1, 128], "share": 0.2, "longest_gap_seconds": 0.0021}
