@@ -12,7 +12,7 @@ namespace {
 constexpr int tile_rows = 128, tile_outputs = 128, tile_depth = 64, stages = 6;
 constexpr int rows_bytes = tile_rows * tile_depth * 2,
               outputs_bytes = tile_outputs * tile_depth * 2;
-constexpr int box_rows = 16, box_bytes = box_rows * tile_depth * 2;
+constexpr int box_rows = 16;
 constexpr int copying_threads = 128, multiplying_warps = 8;
 constexpr int swapped_threads = copying_threads + multiplying_warps * 32;
 
@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(swapped_threads, 1)
                         inside);
             hopper::arrive_after_copies(full);
           } else if (copies_rows) {
+            constexpr int box_bytes = box_rows * tile_depth * 2;
             const int boxes = (rows + box_rows - 1) / box_rows;
             hopper::arrive_expecting(full, boxes * box_bytes);
             for (int i = 0; i < boxes; ++i)
