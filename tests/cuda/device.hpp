@@ -34,8 +34,16 @@ inline void copy_to_host(void* to, const void* from, std::size_t bytes) {
   check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
 }
 
+/// Waits for what was enqueued on the default stream. Copies of few bytes from memory that is not
+/// pinned, and fills, may be under way when their calls return, and other streams do not wait.
+inline void wait_for_default_stream() {
+  const FaultsExempt exempt;
+  check_cuda(cudaStreamSynchronize(nullptr));
+}
+
 inline void copy_to_device(std::byte* to, const std::vector<std::byte>& bytes) {
   check_cuda(cudaMemcpy(to, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+  wait_for_default_stream();
 }
 
 /// Device memory that it owns.
@@ -51,13 +59,14 @@ class DeviceBuffer {
   /// Holds a copy of `bytes`.
   void fill(const std::vector<std::byte>& bytes) {
     allocate(bytes.size());
-    check_cuda(cudaMemcpy(data_, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+    copy_to_device(data_, bytes);
   }
 
   /// Holds `bytes` bytes, each number in them a NaN (or -1).
   void poison(std::size_t bytes) {
     allocate(bytes);
     check_cuda(cudaMemset(data_, 0xff, bytes));
+    wait_for_default_stream();
   }
 
  private:
