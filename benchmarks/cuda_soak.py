@@ -64,7 +64,7 @@ def run(program: str, first_seed: int, seconds: float) -> dict[str, Any]:
     else:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         did = {"first_seed": first_seed, "seeds": 0, "right_passes": 0, "failed": why}
-    return {"command": " ".join(command), **did}
+    return {"command": " ".join([Path(program).name, *command[1:]]), **did}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
