@@ -127,18 +127,12 @@ void launch_phase(const Product& product, cudaStream_t stream) {
                 grouped_threads, shared_bytes, stream, product);
 }
 
-template <class Element>
-void launch_element(const Product& product, Phase phase, cudaStream_t stream) {
-  if (phase == Phase::down) return launch_phase<Element, Phase::down>(product, stream);
-  if (phase == Phase::up) return launch_phase<Element, Phase::up>(product, stream);
-  launch_phase<Element, Phase::gated_up>(product, stream);
-}
-
 }  // namespace
 
 void launch_grouped(const Product& product, Phase phase, Stream stream) {
-  if (product.shape.dtype == Dtype::f16) return launch_element<__half>(product, phase, stream);
-  launch_element<__nv_bfloat16>(product, phase, stream);
+  with_product(product, phase, [&](auto element, auto constant) {
+    launch_phase<decltype(element), constant.value>(product, stream);
+  });
 }
 
 }  // namespace sida::cuda

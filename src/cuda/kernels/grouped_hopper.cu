@@ -180,18 +180,12 @@ void launch_phase(const Product& product, cudaStream_t stream) {
                 hopper_threads, stages_bytes, stream, product, weights, input);
 }
 
-template <class Element>
-void launch_element(const Product& product, Phase phase, cudaStream_t stream) {
-  if (phase == Phase::down) return launch_phase<Element, Phase::down>(product, stream);
-  if (phase == Phase::up) return launch_phase<Element, Phase::up>(product, stream);
-  launch_phase<Element, Phase::gated_up>(product, stream);
-}
-
 }  // namespace
 
 void launch_hopper(const Product& product, Phase phase, Stream stream) {
-  if (product.shape.dtype == Dtype::f16) return launch_element<__half>(product, phase, stream);
-  launch_element<__nv_bfloat16>(product, phase, stream);
+  with_product(product, phase, [&](auto element, auto constant) {
+    launch_phase<decltype(element), constant.value>(product, stream);
+  });
 }
 
 }  // namespace sida::cuda

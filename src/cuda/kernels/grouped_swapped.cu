@@ -122,10 +122,10 @@ __device__ void multiply_tile(const Task& task, Ring& ring, Turn& turn, int step
 #endif
 
 /// A block computes tiles of 128 weight rows (with a gate: 64 of the gate's and the 64 beside them,
-/// 8 and 8 in turn) x up to 128 rows. Weights are what wgmma calls the rows, so that few
-/// rows of an expert are few columns. One warpgroup brings both operands into a ring of six stages:
-/// weights as tensor copies over all slots, activations likewise, tokens row by row where the plan
-/// says. The other two multiply 64 weight rows each.
+/// 8 and 8 in turn) x up to 128 rows. Weights are what wgmma calls the rows, so that few rows of an
+/// expert are few columns. One warpgroup brings both operands into a ring of six stages: weights as
+/// tensor copies over all slots, activations likewise, tokens row by row where the plan says. The
+/// other two multiply 64 weight rows each.
 template <class Element, Phase phase>
 __global__ void __launch_bounds__(swapped_threads, 1)
     swapped_kernel(const __grid_constant__ Product product,
@@ -266,18 +266,12 @@ void launch_phase(const Product& product, cudaStream_t stream) {
                 input_map(product, phase));
 }
 
-template <class Element>
-void launch_element(const Product& product, Phase phase, cudaStream_t stream) {
-  if (phase == Phase::down) return launch_phase<Element, Phase::down>(product, stream);
-  if (phase == Phase::up) return launch_phase<Element, Phase::up>(product, stream);
-  launch_phase<Element, Phase::gated_up>(product, stream);
-}
-
 }  // namespace
 
 void launch_swapped(const Product& product, Phase phase, Stream stream) {
-  if (product.shape.dtype == Dtype::f16) return launch_element<__half>(product, phase, stream);
-  launch_element<__nv_bfloat16>(product, phase, stream);
+  with_product(product, phase, [&](auto element, auto constant) {
+    launch_phase<decltype(element), constant.value>(product, stream);
+  });
 }
 
 }  // namespace sida::cuda

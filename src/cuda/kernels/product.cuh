@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <type_traits>
+
 #include "element.cuh"
 #include "product.hpp"
 #include "splits.hpp"
@@ -64,5 +66,19 @@ struct ExpertProduct {
     }
   }
 };
+
+/// Calls `function` with a value of a product's element type, which has 16 bits, and its phase as a
+/// constant.
+template <class Function>
+void with_product(const Product& product, Phase phase, Function&& function) {
+  const auto with_phase = [&](auto element) {
+    if (phase == Phase::down)
+      return function(element, std::integral_constant<Phase, Phase::down>{});
+    if (phase == Phase::up) return function(element, std::integral_constant<Phase, Phase::up>{});
+    function(element, std::integral_constant<Phase, Phase::gated_up>{});
+  };
+  if (product.shape.dtype == Dtype::f16) return with_phase(__half{});
+  with_phase(__nv_bfloat16{});
+}
 
 }  // namespace sida::cuda
