@@ -59,11 +59,11 @@ def run(program: str, first_seed: int, seconds: float) -> dict[str, Any]:
     sys.stderr.write(done.stderr)
     if done.returncode == NO_GPU:
         raise SystemExit("there is no GPU")
-    if done.returncode == 0:
-        did: dict[str, Any] = json.loads(done.stdout)
-    else:
-        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        did = {"first_seed": first_seed, "seeds": 0, "right_passes": 0, "failed": why}
+    did: dict[str, Any] = {"first_seed": first_seed, "seeds": 0, "right_passes": 0}
+    if done.stdout:  # else it hung, or was killed
+        did = json.loads(done.stdout)
+    if done.returncode != 0:
+        did["failed"] = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     return {"command": " ".join([Path(program).name, *command[1:]]), **did}
 
 

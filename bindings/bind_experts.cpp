@@ -49,6 +49,31 @@ py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
   return result;
 }
 
+void capture(AnyExperts& self, const py::object& hidden_states, const py::object& top_k_index,
+             const py::object& top_k_weights, const py::object& out, const py::object& workspace,
+             const py::object& stream) {
+  const Place place = place_of_call(self, stream, hidden_states);
+  const Array hidden(hidden_states, "hidden_states", place);
+  const Array ids(top_k_index, "top_k_index", place);
+  const Array weights(top_k_weights, "top_k_weights", place);
+  const Array written(out, "out", place);
+  const Array scratch(workspace, "workspace", place);
+  const TensorView view = written.writable(), memory = scratch.writable();
+  const std::int64_t tokens = hidden.shape().empty() ? 0 : hidden.shape()[0];
+  const std::int64_t top_k = ids.shape().size() == 2 ? ids.shape()[1] : 1;
+  const std::size_t needed = self.graph_workspace_bytes(tokens, static_cast<std::int32_t>(top_k));
+  SIDA_EXPECTS(memory.type == DataType::u8 && memory.shape.size() == 1 &&
+                   static_cast<std::size_t>(memory.shape[0]) >= needed,
+               "workspace: expected uint8 of " + std::to_string(needed) + " bytes, got " +
+                   scratch.view().describe());
+  const Unlocked unlocked;
+  self.capture(hidden.view(), ids.view(), weights.view(), view, memory, place.stream);
+}
+
+Stream stream_on(const AnyExperts& self, const py::object& stream) {
+  return stream_of(stream, py::none(), self.cuda_device());
+}
+
 }  // namespace
 
 void bind_experts(py::module_& module) {
@@ -99,6 +124,44 @@ void bind_experts(py::module_& module) {
       .def("wants_look_ahead", &AnyExperts::wants_look_ahead, py::call_guard<Unlocked>(),
            "Whether forward() has a use for next_top_k_index in the pass at hand: there is a next "
            "layer, and not all experts have room.")
+      .def("load_all", &AnyExperts::load_all, py::call_guard<Unlocked>(),
+           "Brings all experts of the layer, and waits for it; they count as no uses.\n\n"
+           "Raises:\n    OSError: An expert could not be read.\n"
+           "    RuntimeError: The scheduler was closed.")
+      .def("may_be_captured", &AnyExperts::may_be_captured, py::call_guard<Unlocked>(),
+           "Whether a CUDA graph can hold the layer's calls once load_all() has brought its "
+           "experts: all experts of the model have room on a GPU, and no padding is left out.")
+      .def("graph_workspace_bytes", &AnyExperts::graph_workspace_bytes, py::arg("tokens"),
+           py::arg("top_k"), "Bytes that capture() needs for a call of so many tokens and choices.")
+      .def("capture", &capture, py::arg("hidden_states"), py::arg("top_k_index"),
+           py::arg("top_k_weights"), py::arg("out"), py::arg("workspace"), py::kw_only(),
+           py::arg("stream"),
+           "As forward, while `stream` is being captured into a CUDA graph: enqueues the kernels "
+           "and nothing else. The arrays are kept, where they are, for as long as the graph may be "
+           "replayed; workspace, uint8 of graph_workspace_bytes() on the GPU, is its own. After "
+           "resize() the graph is not to be replayed.\n\n"
+           "Raises:\n    RuntimeError: The layer's experts do not all stay, or load_all() was not "
+           "called.\n    ValueError: A shape, dtype or device that does not fit.")
+      .def(
+          "begin_replays",
+          [](AnyExperts& self, const py::object& stream) {
+            const Stream native = stream_on(self, stream);
+            const Unlocked unlocked;
+            self.begin_replays(native);
+          },
+          py::kw_only(), py::arg("stream"),
+          "Before a pass whose graphs, replayed on `stream`, hold calls of any layers of the "
+          "scheduler: each of them once at most. Waits for those of the pass before.\n\n"
+          "Raises:\n    IndexError: One of those had an id out of range, and left it out.")
+      .def(
+          "end_replays",
+          [](AnyExperts& self, const py::object& stream) {
+            const Stream native = stream_on(self, stream);
+            const Unlocked unlocked;
+            self.end_replays(native);
+          },
+          py::kw_only(), py::arg("stream"),
+          "Behind the replays of the pass at hand, which are counted once they are over.")
       .def("set_threads", &AnyExperts::set_threads, py::arg("threads"), py::call_guard<Unlocked>(),
            "Threads that compute, of all layers of the scheduler.");
 }

@@ -58,6 +58,15 @@ class AnyExperts {
   virtual int cuda_device() const = 0;
   virtual bool has_prediction() const = 0;
   virtual void set_threads(int threads) = 0;
+  virtual void load_all() = 0;
+  // For CUDA graphs; see OffloadedExperts.
+  virtual bool may_be_captured() const = 0;
+  virtual std::size_t graph_workspace_bytes(std::int64_t tokens, std::int32_t top_k) const = 0;
+  virtual void capture(const ConstTensorView& hidden, const ConstTensorView& ids,
+                       const ConstTensorView& weights, const TensorView& out,
+                       const TensorView& workspace, Stream stream) = 0;
+  virtual void begin_replays(Stream stream) = 0;
+  virtual void end_replays(Stream stream) = 0;
 };
 
 class AnyScheduler {

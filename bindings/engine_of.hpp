@@ -68,6 +68,18 @@ class Experts : public AnyExperts {
       here().ffn().set_threads(threads);
     }
   }
+  void load_all() override { here().load_all(); }
+  bool may_be_captured() const override { return here().may_be_captured(); }
+  std::size_t graph_workspace_bytes(std::int64_t tokens, std::int32_t top_k) const override {
+    return here().graph_workspace_bytes(tokens, top_k);
+  }
+  void capture(const ConstTensorView& hidden, const ConstTensorView& ids,
+               const ConstTensorView& weights, const TensorView& out, const TensorView& workspace,
+               Stream stream) override {
+    here().capture(hidden, ids, weights, out, workspace.data, stream);
+  }
+  void begin_replays(Stream stream) override { here().begin_replays(stream); }
+  void end_replays(Stream stream) override { here().end_replays(stream); }
 
  private:
   void follow(Stream stream) {

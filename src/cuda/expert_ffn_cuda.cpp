@@ -10,6 +10,7 @@
 
 #include "device_scope.hpp"
 #include "expert_kernels.hpp"
+#include "graph_calls.hpp"
 #include "launched.hpp"
 #include "layer_shape.hpp"
 #include "pinned_ring.hpp"
@@ -39,7 +40,8 @@ class ExpertFfn<CudaBackend>::Call {
         slots_(backend, slot_bytes()),
         counters_(backend, cuda::few_bytes(shape_)),
         uploads_(backend),
-        log_(backend, config.experts) {
+        log_(backend, config.experts),
+        graphs_(backend, config.experts) {
     std::fill_n(uploads_.next(counters_.size()), counters_.size(), std::byte{0});
     uploads_.send(counters_.data(), counters_.size(), stream_);
     backend_.synchronize(backend_.fence(stream_));  // whichever stream the calls go on
@@ -64,13 +66,56 @@ class ExpertFfn<CudaBackend>::Call {
     return plan_.size() + routing_.size() + keep_.size() + workspace_.size() + slots_.size() +
            counters_.size();
   }
-  void settle() { log_.settle(); }
+  void settle() {
+    log_.settle();
+    graphs_.settle();
+  }
+
+  void synchronize() { backend_.synchronize(readers()); }
+
+  std::size_t graph_workspace_bytes(std::int64_t tokens, std::int32_t top_k) const {
+    const cuda::LayerShape shape = shape_of_call(tokens, top_k);
+    return graph_workspace_at(shape, nullptr).bytes;
+  }
+  void capture(const ConstTensorView& hidden, const Routing& routing,
+               const KeptExperts<CudaBackend>& kept, const TensorView& out, std::byte* memory,
+               CUstream_st* stream, ReplayAccount account) {
+    check(hidden, routing);
+    const cuda::LayerShape shape = shape_of_call(hidden.shape[0], routing.ids.shape[1]);
+    expect_tokens(out, shape.tokens, "out");
+    SIDA_EXPECTS(!routing.is_foretold && !routing.skip_padding,
+                 "capture: expected routing that the graph's own kernels give, got one in RAM");
+    if (shape.tokens == 0) return;
+    const auto& place = graphs_.add(shape.tokens, shape.top_k, std::move(account));
+    const GraphWorkspace workspace = graph_workspace_at(shape, memory);
+    const cuda::GivenRouting given = given_by(routing);
+    const cuda::TakenRouting taken{workspace.ids, workspace.weights, place.ids(), place.weights()};
+    const cuda::ExpertSlabs slabs = slabs_at(kept.arena, &kept.slots);
+    const cuda::DeviceScope scope(backend_.device());
+    cuda::launched([&] {
+      if (cuda::is_few(shape))
+        return cuda::compute_few(shape, given, taken, hidden.data, slabs, workspace.results,
+                                 counters_.data(), out.data, stream);
+      const cuda::Plan plan = cuda::plan_at(shape, workspace.plan);
+      cuda::make_plan(shape, given, taken, plan, stream);
+      cuda::compute_experts(shape, plan, hidden.data, slabs, workspace.results, stream);
+      cuda::combine(shape, plan, workspace.weights, workspace.results, out.data, stream);
+    });
+  }
+  void begin_replays(CUstream_st* stream) {
+    set_stream(stream);  // behind the calls before, with which graphs share counters
+    graphs_.begin();
+  }
+  void end_replays(CUstream_st* stream, std::int64_t pass, std::span<const std::uint8_t> mask) {
+    CudaBackend::Stream replayed = CudaBackend::Stream::borrow(stream);
+    graphs_.end(replayed, pass, mask);
+    if (CudaBackend::Event* const ended = graphs_.ended()) last_ = ended;
+  }
 
   void begin(const ConstTensorView& hidden, const Routing& routing, Account account) {
     check(hidden, routing);
     abandon();
-    shape_.tokens = static_cast<int>(hidden.shape[0]);
-    shape_.top_k = static_cast<int>(routing.ids.shape[1]);
+    shape_ = shape_of_call(hidden.shape[0], routing.ids.shape[1]);
     hidden_ = hidden.data;
     is_foretold_ = routing.is_foretold;
     entry_ = &log_.begin(shape_.tokens, shape_.top_k, routing.mask, std::move(account));
@@ -229,9 +274,12 @@ class ExpertFfn<CudaBackend>::Call {
     memory = Buffer<CudaBackend>(backend_, bytes);
   }
 
+  static cuda::GivenRouting given_by(const Routing& routing) {
+    return {routing.ids.data, routing.ids.type == DataType::i64, routing.weights.data,
+            cuda::kernel_type(routing.weights.type)};
+  }
   void take(const Routing& routing) {
-    given_ = {routing.ids.data, routing.ids.type == DataType::i64, routing.weights.data,
-              cuda::kernel_type(routing.weights.type)};
+    given_ = given_by(routing);
     taken_ = {ids(), weights(), entry_->ids(), entry_->weights()};
     if (!routing.skip_padding || routing.mask.empty()) return;
     reserve(keep_, routing.mask.size());
@@ -272,8 +320,32 @@ class ExpertFfn<CudaBackend>::Call {
     return cuda::slabs_in(arena, layout_, slots ? slots->data() : nullptr);
   }
 
-  std::size_t assignments() const noexcept {
-    return static_cast<std::size_t>(shape_.tokens) * static_cast<std::size_t>(shape_.top_k);
+  cuda::LayerShape shape_of_call(std::int64_t tokens, std::int64_t top_k) const {
+    cuda::LayerShape shape = shape_;
+    shape.tokens = static_cast<int>(tokens);
+    shape.top_k = static_cast<int>(top_k);
+    return shape;
+  }
+  static std::size_t assignments_of(const cuda::LayerShape& shape) noexcept {
+    return static_cast<std::size_t>(shape.tokens) * static_cast<std::size_t>(shape.top_k);
+  }
+  std::size_t assignments() const noexcept { return assignments_of(shape_); }
+
+  /// Of one call that a graph holds; not shared with other calls, which may replace theirs.
+  struct GraphWorkspace {
+    std::byte *results, *plan;
+    std::int32_t* ids;
+    float* weights;
+    std::size_t bytes;
+  };
+  GraphWorkspace graph_workspace_at(const cuda::LayerShape& shape, std::byte* memory) const {
+    const auto aligned = [](std::size_t bytes) { return (bytes + 255) / 256 * 256; };
+    const std::size_t plan = aligned(cuda::workspace_bytes(shape));
+    const std::size_t ids = plan + aligned(cuda::plan_bytes(shape));
+    const std::size_t weights = ids + aligned(assignments_of(shape) * sizeof(std::int32_t));
+    return {memory, memory + plan, reinterpret_cast<std::int32_t*>(memory + ids),
+            reinterpret_cast<float*>(memory + weights),
+            weights + aligned(assignments_of(shape) * sizeof(float))};
   }
   std::size_t slot_bytes() const noexcept {
     return static_cast<std::size_t>(config_.experts) * sizeof(std::int32_t);
@@ -342,6 +414,7 @@ class ExpertFfn<CudaBackend>::Call {
   Buffer<CudaBackend> plan_, routing_, keep_, workspace_, slots_, counters_;
   cuda::PinnedRing uploads_;
   cuda::RoutingLog log_;
+  cuda::GraphCalls graphs_;
   cuda::RoutingLog::Entry* entry_ = nullptr;  // of the call at hand
   const std::byte* hidden_ = nullptr;
   cuda::GivenRouting given_;
@@ -382,6 +455,22 @@ std::shared_ptr<const KeptExperts<CudaBackend>> ExpertFfn<CudaBackend>::keep(
 void ExpertFfn<CudaBackend>::compute(const KeptExperts<CudaBackend>& kept) { call_->compute(kept); }
 void ExpertFfn<CudaBackend>::combine(const TensorView& out) { call_->combine(out); }
 void ExpertFfn<CudaBackend>::settle() { call_->settle(); }
+void ExpertFfn<CudaBackend>::synchronize() { call_->synchronize(); }
+std::size_t ExpertFfn<CudaBackend>::graph_workspace_bytes(std::int64_t tokens,
+                                                          std::int32_t top_k) const {
+  return call_->graph_workspace_bytes(tokens, top_k);
+}
+void ExpertFfn<CudaBackend>::capture(const ConstTensorView& hidden, const Routing& routing,
+                                     const KeptExperts<CudaBackend>& kept, const TensorView& out,
+                                     std::byte* workspace, CUstream_st* stream,
+                                     ReplayAccount account) {
+  call_->capture(hidden, routing, kept, out, workspace, stream, std::move(account));
+}
+void ExpertFfn<CudaBackend>::begin_replays(CUstream_st* stream) { call_->begin_replays(stream); }
+void ExpertFfn<CudaBackend>::end_replays(CUstream_st* stream, std::int64_t pass,
+                                         std::span<const std::uint8_t> mask) {
+  call_->end_replays(stream, pass, mask);
+}
 const MoeConfig& ExpertFfn<CudaBackend>::config() const noexcept { return call_->config(); }
 std::size_t ExpertFfn<CudaBackend>::workspace_bytes() const noexcept {
   return call_->workspace_bytes();

@@ -19,6 +19,16 @@
 
 namespace sida::cuda {
 
+/// @throws OutOfRange naming the first of the ids [tokens, top_k] that is no expert's.
+inline void expect_experts(std::span<const std::int32_t> ids, std::int32_t top_k,
+                           std::int32_t experts) {
+  for (std::size_t a = 0; a < ids.size(); ++a)
+    if (ids[a] != left_out && (ids[a] < 0 || ids[a] >= experts))
+      throw OutOfRange("expert ids: expected 0 to " + std::to_string(experts - 1) + ", got " +
+                       std::to_string(ids[a]) + " for token " +
+                       std::to_string(a / static_cast<std::size_t>(top_k)));
+}
+
 /// The routing of the latest calls in pinned memory, which the GPU writes; each call is accounted
 /// for when its routing is there. Thread-safe; begin(), commit() and drop() are for one caller at a
 /// time.
@@ -113,13 +123,7 @@ class RoutingLog {
 
   /// @throws OutOfRange naming the first id that is no expert's.
   void expect_experts(const Entry& entry) const {
-    for (std::size_t a = 0; a < entry.assignments_; ++a) {
-      const std::int32_t id = entry.ids()[a];
-      if (id != left_out && (id < 0 || id >= experts_))
-        throw OutOfRange("expert ids: expected 0 to " + std::to_string(experts_ - 1) + ", got " +
-                         std::to_string(id) + " for token " +
-                         std::to_string(a / static_cast<std::size_t>(entry.top_k_)));
-    }
+    cuda::expect_experts(entry.routed().ids, entry.top_k_, experts_);
   }
 
  private:

@@ -76,7 +76,7 @@ TEMPLATE_LIST_TEST_CASE("On the GPU a layer gets every expert whole, with any nu
                         "[cuda][scheduler]", Policies) {
   if (!gpu_found()) return;
   const auto slots = GENERATE(1, 2, 5, 24);
-  const auto host_bytes = GENERATE(all_bytes, all_bytes / 2, slab_bytes);
+  const auto host_bytes = GENERATE(as<std::size_t>(), all_bytes, all_bytes / 2, slab_bytes);
   SchedulerOptions options;
   options.transfers.chunk_bytes = 1024;  // no divisor of the slab
   OnGpu<TestType> engine(std::make_shared<PatternStore>(layers, experts, slab_bytes), host_bytes,

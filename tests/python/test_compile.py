@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import sida
+from sida.huggingface.engine import Engine
 from sida.torch import operators
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
@@ -169,8 +171,8 @@ def test_generate_compiles_what_a_static_cache_allows(family: str) -> None:
         assert model._compiled_call is not None
 
 
-@pytest.mark.parametrize("memory", ["3 experts", 1.0])
-def test_what_is_sidas_stays_out_of_cuda_graphs(memory: Any) -> None:
+def sidas_operators(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, list[tuple[str, bool]]]:
+    """What a model answers, and sida's operators in its graph: are they kept from CUDA graphs."""
     utils = pytest.importorskip("torch._inductor.utils")
     judge = getattr(utils, "is_cudagraph_unsafe_fx_node", None)
     if judge is None:
@@ -182,13 +184,87 @@ def test_what_is_sidas_stays_out_of_cuda_graphs(memory: Any) -> None:
         seen.extend((name, judge(node)) for name, node in names if name.startswith("sida."))
         return graph.forward
 
+    return run(torch.compile(model, fullgraph=True, backend=note), batch), seen
+
+
+@pytest.mark.parametrize("memory", ["3 experts", 1.0])
+def test_what_is_sidas_stays_out_of_cuda_graphs(memory: Any) -> None:
     model, prompt = make_family("mixtral"), make_prompt()
     expected = run(model, prompt)
     with sida.offload(model, memory=memory):
-        graph = torch.compile(model, fullgraph=True, backend=note)
+        got, seen = sidas_operators(model, prompt)
+        assert relative(got, expected) <= 1e-5
+    names = ["begin_pass", "experts", "experts", "end_pass"]
+    assert seen == [(f"sida.{name}.default", True) for name in names]
+
+
+@pytest.fixture
+def staying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines as they are where all experts stay on a GPU, without what a GPU does."""
+    numbers = itertools.count(1)
+    monkeypatch.setattr(
+        Engine, "arrange", lambda engine: setattr(engine, "arrangement", str(next(numbers)))
+    )
+    monkeypatch.setattr(Engine, "begin_graphs", lambda engine: None)
+    monkeypatch.setattr(Engine, "end_graphs", lambda engine: engine.scheduler.end_pass())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.usefixtures("staying")
+def test_experts_that_stay_may_be_part_of_cuda_graphs() -> None:
+    model, prompt = make_family("mixtral"), make_prompt()
+    expected = run(model, prompt)
+    with sida.offload(model, memory="3 experts"):
+        got, seen = sidas_operators(model, prompt)
+        assert relative(got, expected) <= 1e-5
+        assert seen == [
+            ("sida.begin_pass.default", True),
+            ("sida.staying_experts.default", False),
+            ("sida.staying_experts.default", False),
+            ("sida.end_pass.default", True),
+        ]
+
+
+@pytest.mark.usefixtures("staying")
+def test_a_graph_is_for_experts_where_they_are() -> None:
+    model, prompt = make_family("mixtral", num_hidden_layers=1), make_prompt()
+    expected = run(model, prompt)
+    with sida.offload(model, memory="3 experts") as off:
+        graph = compiled(model)
         assert relative(run(graph, prompt), expected) <= 1e-5
-    operators_seen = ["begin_pass", "experts", "experts", "end_pass"]
-    assert seen == [(f"sida.{name}.default", True) for name in operators_seen]
+        first = off._engine.arrangement
+        off.resize("2 experts")
+        with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+            run(graph, prompt)
+        assert relative(run(graph, prompt), expected) <= 1e-5
+        with pytest.raises(RuntimeError, match="another budget while a compiled call began"):
+            operators.begin_pass(
+                operators.ORDER, prompt["input_ids"], None, None, off._passes._number, 0, first
+            )
+        assert relative(run(graph, prompt), expected) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("staying")
+@pytest.mark.parametrize("embedded", [False, True])
+def test_experts_that_stay_are_computed_within_their_pass(embedded: bool) -> None:
+    model, prompt = make_family("mixtral"), make_prompt()
+    if embedded:
+        prompt["inputs_embeds"] = model.get_input_embeddings()(prompt.pop("input_ids")).detach()
+    expected = run(model, prompt)
+    with sida.offload(model, memory="3 experts") as off:
+        graph = compiled(model, "inductor")  # which puts operators into an order of its own
+        run(graph, prompt)
+        order = _watch(off)
+        compute = off._engine.compute
+
+        def computed(*args: Any) -> Tensor:
+            order.append(None)
+            return compute(*args)
+
+        off._engine.compute = computed
+        assert relative(run(graph, prompt), expected) <= 1e-5
+        assert order == [True, None, None, False]
 
 
 def test_a_model_is_right_before_between_and_after_handles() -> None:
@@ -253,9 +329,10 @@ def test_threads_take_turns() -> None:
         assert order == [True, False] * len(calls)
 
 
-def _watch(off: sida.Offloaded) -> list[bool]:
+def _watch(off: sida.Offloaded) -> list[bool | None]:
     """Whether a pass was begun, or else ended, in the order in which that happens."""
-    scheduler, seen = off._engine.scheduler, []
+    scheduler = off._engine.scheduler
+    seen: list[bool | None] = []
 
     class Watched:
         def __getattr__(self, name: str) -> Any:

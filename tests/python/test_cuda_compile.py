@@ -53,3 +53,46 @@ def test_same_tokens_from_generate_with_a_static_cache(memory: Any) -> None:
             assert torch.equal(got, expected)
         assert off.model._compiled_call is not None
         assert off.stats()["uses"] > 0
+
+
+def test_experts_that_stay_are_part_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family("mixtral").to("cuda")
+    prompts = [on_gpu(make_prompt(seed)) for seed in range(3)]
+    expected = [run(model, prompt) for prompt in prompts]
+    with sida.offload(model, memory=1.0, device="cuda") as off:
+        for _ in range(2):  # the first time experts are brought
+            off.reset_stats()
+            for prompt in prompts:
+                run(off.model, prompt)
+        counted = off.stats()
+        graph = torch.compile(off.model, fullgraph=True, mode="reduce-overhead")
+        check_replayed(off, graph, prompts, expected, counted, monkeypatch)
+        off.resize("3 experts")
+        for prompt, out in zip(prompts, expected, strict=True):
+            assert relative(run(graph, prompt).clone(), out) <= 1e-5
+        assert off.stats()["misses"] > 0
+        off.resize(1.0)
+        check_replayed(off, graph, prompts, expected, counted, monkeypatch)
+
+
+def check_replayed(
+    off: sida.Offloaded,
+    graph: Any,
+    prompts: list[dict[str, Any]],
+    expected: list[Any],
+    counted: sida.Stats,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Passes of a graph are right and counted, and Python has no part in their experts."""
+    for _ in range(3):  # warms up, is recorded, is replayed
+        run(graph, prompts[0])
+    off.reset_stats()
+    with monkeypatch.context() as patched:
+        patched.setattr(off._engine, "compute", None)
+        for prompt, out in zip(prompts, expected, strict=True):
+            assert relative(run(graph, prompt).clone(), out) <= 1e-5
+    stats = off.stats()
+    assert [stats[name] for name in COUNTS] == [counted[name] for name in COUNTS]
+
+
+COUNTS = ("passes", "tokens", "uses", "hits")

@@ -16,10 +16,10 @@ import cuda_soak
 PROGRAM = """#!{python}
 import sys
 first = int(sys.argv[sys.argv.index("--first-seed") + 1])
-if {status} == 0:
+if {status} != 3:
     print('{{"first_seed": %d, "seeds": 7, "right_passes": 70, "seconds": 1.5}}' % first)
-else:
-    print("soak: seed 9: a pass gave other bits", file=sys.stderr)
+if {status} != 0:
+    print("soak: seed 8: a pass gave other bits", file=sys.stderr)
 sys.exit({status})
 """
 
@@ -57,11 +57,17 @@ def test_runs_go_on_behind_those_that_are_committed(soak: Any) -> None:
     assert [run["first_seed"] for run in soak(0)[1]["runs"]] == [1, 8]
 
 
-def test_a_run_that_fails_is_kept_with_its_seed_and_tried_again(soak: Any) -> None:
+def test_a_run_that_fails_is_kept_with_its_seed_which_is_tried_again(soak: Any) -> None:
     code, content = soak(1)
     assert code == 1
     assert content["totals"]["failed_runs"] == 1
-    assert content["runs"][0]["failed"] == "soak: seed 9: a pass gave other bits"
+    assert content["totals"]["seeds"] == 7  # those before it
+    assert content["runs"][0]["failed"] == "soak: seed 8: a pass gave other bits"
+    assert soak(0)[1]["runs"][1]["first_seed"] == 8
+
+
+def test_of_a_run_that_tells_nothing_all_seeds_are_tried_again(soak: Any) -> None:
+    assert soak(3)[1]["runs"][0]["seeds"] == 0
     assert soak(0)[1]["runs"][1]["first_seed"] == 1
 
 

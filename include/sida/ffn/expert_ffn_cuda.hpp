@@ -87,8 +87,28 @@ class ExpertFfn<CudaBackend> {
   /// @throws StateError outside a call; InvalidArgument for shape and dtype; CudaError.
   void combine(const TensorView& out);
 
-  /// Waits for all calls that were combined, and accounts for them. From any thread.
-  /// @throws OutOfRange for an id in one of them, CudaError.
+  /// Waits for all that is enqueued so far. @throws CudaError.
+  void synchronize();
+
+  /// Bytes of the GPU's memory that capture() needs for a call of `tokens` with `top_k` choices.
+  std::size_t graph_workspace_bytes(std::int64_t tokens, std::int32_t top_k) const;
+  /// A whole call for a CUDA graph: enqueues it on `stream`, which is being captured, and nothing
+  /// else. Every replay reads hidden states, ids and weights, and writes `out`, where they lie now;
+  /// `kept` and the graph's `workspace`, of graph_workspace_bytes() aligned to 256, are there as
+  /// long as it may be replayed. Replays come between begin_replays() and end_replays(), each call
+  /// once at most; `account` is told of every one.
+  /// @throws as begin() and compute().
+  void capture(const ConstTensorView& hidden, const Routing& routing,
+               const KeptExperts<CudaBackend>& kept, const TensorView& out, std::byte* workspace,
+               CUstream_st* stream, ReplayAccount account);
+  /// What comes on `stream` from here on may replay graphs: waits for the replays before the latest
+  /// end_replays(). @throws OutOfRange for an id in one of them, CudaError.
+  void begin_replays(CUstream_st* stream);
+  /// The replays on `stream` were those of `pass`; `mask` is as in RoutedTokens. @throws CudaError.
+  void end_replays(CUstream_st* stream, std::int64_t pass, std::span<const std::uint8_t> mask);
+
+  /// Waits for all calls that were combined, and for all replays that have ended, and accounts for
+  /// them. From any thread. @throws OutOfRange for an id in one of them, CudaError.
   void settle();
 
   const MoeConfig& config() const noexcept;

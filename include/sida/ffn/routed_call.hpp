@@ -39,6 +39,9 @@ struct RoutedTokens {
 /// Told once of every call whose routing was right.
 using Account = std::function<void(const RoutedTokens&)>;
 
+/// Told once of every replay of a CUDA graph that holds the call, with the pass that it was in.
+using ReplayAccount = std::function<void(const RoutedTokens&, std::int64_t pass)>;
+
 /// For each of `experts`, whether a token that is no padding goes there. Empty without a mask: all.
 inline std::vector<std::uint8_t> counted(const RoutedTokens& routed,
                                          std::span<const std::int32_t> experts) {

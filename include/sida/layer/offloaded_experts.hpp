@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -131,6 +132,70 @@ class OffloadedExperts {
         out);
   }
 
+  /// Brings all experts of the layer and waits until they are there; counts no use of them.
+  /// @throws what a load threw, StateError after close().
+  void load_all() {
+    const auto turn = scheduler_->turn();
+    std::vector<std::int32_t> experts(static_cast<std::size_t>(config_.experts));
+    std::iota(experts.begin(), experts.end(), 0);
+    const std::vector<std::uint8_t> uncounted(experts.size(), 0);
+    auto demand = scheduler_->demand(layer_, experts, uncounted, false);
+    for (auto leases = demand.next_ready(); !leases.empty(); leases = demand.next_ready()) {
+      if constexpr (RoutedCall<B>::is_deferred)
+        for (const auto& lease : leases) ffn_->wait(lease.arrival());
+    }
+    if constexpr (RoutedCall<B>::is_deferred) {
+      find_kept();
+      ffn_->synchronize();
+    }
+  }
+
+  /// Whether the layer's experts, once load_all() has brought them, stay where they are until the
+  /// cache is resized, such that a CUDA graph can hold the layer's calls.
+  bool may_be_captured() const {
+    const auto& cache = scheduler_->cache();
+    return RoutedCall<B>::is_deferred && !skip_padding_ && !cache.in_place() &&
+           cache.slots() >= cache.total_experts();
+  }
+  /// Bytes of the GPU's memory that capture() needs for a call of `tokens` with `top_k` choices.
+  std::size_t graph_workspace_bytes(std::int64_t tokens, std::int32_t top_k) const {
+    if constexpr (RoutedCall<B>::is_deferred) return ffn_->graph_workspace_bytes(tokens, top_k);
+    return 0;
+  }
+  /// As forward, for a CUDA graph: enqueues the call's kernels on `stream`, which is being
+  /// captured, and nothing else; see ExpertFfn<CudaBackend>::capture() for what must be there as
+  /// long as the graph may be replayed. Each pass replays it once at most, between begin_replays()
+  /// and end_replays() of any layer of the scheduler. After resize() a graph is not to be replayed.
+  /// @throws InvalidArgument; StateError unless load_all() has brought all experts to stay.
+  template <class Stream>
+  void capture(const ConstTensorView& hidden, const ConstTensorView& ids,
+               const ConstTensorView& weights, const TensorView& out, std::byte* workspace,
+               Stream stream) {
+    if constexpr (RoutedCall<B>::is_deferred) {
+      const auto turn = scheduler_->turn();
+      if (!may_be_captured() || !is_kept())
+        throw StateError(
+            "capture: expected a layer all of whose experts stay in fast memory, after load_all()");
+      ffn_->capture(hidden, {ids, weights}, *kept_, out, workspace, stream, replay_account());
+    }
+  }
+  /// See capture(). Work that is enqueued on `stream` from here on may replay graphs.
+  template <class Stream>
+  void begin_replays(Stream stream) {
+    if constexpr (RoutedCall<B>::is_deferred) {
+      const auto turn = scheduler_->turn();
+      ffn_->begin_replays(stream);
+    }
+  }
+  /// See capture(). What was enqueued on `stream` since begin_replays() is of the pass at hand.
+  template <class Stream>
+  void end_replays(Stream stream) {
+    if constexpr (RoutedCall<B>::is_deferred) {
+      const auto turn = scheduler_->turn();
+      ffn_->end_replays(stream, scheduler_->recorder().pass(), scheduler_->mask());
+    }
+  }
+
   Scheduler& scheduler() const noexcept { return *scheduler_; }
   ExpertFfn<B>& ffn() const noexcept { return *ffn_; }
 
@@ -208,9 +273,9 @@ class OffloadedExperts {
   // routing. Whether they do; the turn keeps it so.
   bool find_kept() {
     if constexpr (RoutedCall<B>::is_deferred) {
+      if (is_kept()) return true;
       auto& cache = scheduler_->cache();
       const std::lock_guard lock(cache.mutex());
-      if (kept_ && kept_arena_ == cache.arenas_locked()) return true;
       kept_ = nullptr;
       const std::vector<const std::byte*> slabs = cache.kept_locked(layer_);
       if (slabs.empty()) return false;
@@ -220,6 +285,11 @@ class OffloadedExperts {
     } else {
       return false;
     }
+  }
+  bool is_kept() const {
+    auto& cache = scheduler_->cache();
+    const std::lock_guard lock(cache.mutex());
+    return kept_ && kept_arena_ == cache.arenas_locked();
   }
   void compute_kept(RoutedCall<B>& call) {
     if constexpr (RoutedCall<B>::is_deferred) {
@@ -239,14 +309,29 @@ class OffloadedExperts {
     const std::int64_t pass = scheduler_->recorder().pass();
     return [scheduler = scheduler_.get(), layer = layer_, pass, is_kept,
             predicted = routing.is_foretold](const RoutedTokens& routed) {
-      std::vector<float> probs(routed.ids.size());
-      for (std::size_t a = 0; a < probs.size(); ++a) probs[a] = routed.is_token(a) ? 1.0f : 0.0f;
-      scheduler->recorder().add(pass, layer, routed.tokens, routed.top_k, routed.ids, probs,
-                                routed.weights);
-      if (!is_kept) return;
-      const std::vector<std::int32_t> experts = active_experts(routed);
-      scheduler->count_resident(layer, experts, counted(routed, experts), predicted);
+      record(*scheduler, layer, pass, routed);
+      if (is_kept) count(*scheduler, layer, routed, predicted);
     };
+  }
+  // The same of every replay of a graph.
+  ReplayAccount replay_account() const {
+    return [scheduler = scheduler_.get(), layer = layer_](const RoutedTokens& routed,
+                                                          std::int64_t pass) {
+      record(*scheduler, layer, pass, routed);
+      count(*scheduler, layer, routed, false);
+    };
+  }
+  static void record(Scheduler& scheduler, std::int32_t layer, std::int64_t pass,
+                     const RoutedTokens& routed) {
+    std::vector<float> probs(routed.ids.size());
+    for (std::size_t a = 0; a < probs.size(); ++a) probs[a] = routed.is_token(a) ? 1.0f : 0.0f;
+    scheduler.recorder().add(pass, layer, routed.tokens, routed.top_k, routed.ids, probs,
+                             routed.weights);
+  }
+  static void count(Scheduler& scheduler, std::int32_t layer, const RoutedTokens& routed,
+                    bool predicted) {
+    const std::vector<std::int32_t> experts = active_experts(routed);
+    scheduler.count_resident(layer, experts, counted(routed, experts), predicted);
   }
 
   ExpertWeights weights_of(const typename Scheduler::Lease& lease) const {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +28,7 @@ NO_TABLE = (
     "model or its encoder, not a layer by itself, and a decoder with a DynamicCache that it filled "
     'itself, not compiled; or offload with routing="exact"'
 )
+_ARRANGEMENTS = itertools.count(1)
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
 
@@ -212,6 +214,7 @@ class Engine:
     Attributes:
         cache: Experts in fast memory.
         scheduler: What brings them there.
+        arrangement: See `sida.torch.experts_module.ExpertsModule`.
     """
 
     def __init__(
@@ -234,6 +237,31 @@ class Engine:
             )
             for layer in range(layers)
         ]
+        self.arrangement = ""
+        self._are_loaded = False
+
+    def arrange(self) -> None:
+        """Name where the experts are; to be called when they have another budget."""
+        stay = self._layers[0].may_be_captured()
+        self.arrangement = str(next(_ARRANGEMENTS)) if stay else ""
+        self._are_loaded = False
+
+    def begin_graphs(self) -> None:
+        """Prepare for a pass that CUDA graphs may be part of, if all experts stay."""
+        if not self.arrangement:
+            return
+        if not self._are_loaded:
+            for layer in self._layers:
+                layer.load_all()
+            self._are_loaded = True
+        self._stream = torch.cuda.current_stream(self.cache.device)
+        self._layers[0].begin_replays(stream=self._stream)
+
+    def end_graphs(self) -> None:
+        """End that pass."""
+        if self.arrangement:
+            self._layers[0].end_replays(stream=self._stream)
+        self.scheduler.end_pass()
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute a layer's experts as its router chose; see `sida.OffloadedExperts`.
@@ -242,6 +270,8 @@ class Engine:
         the result has the dtype of `hidden`.
         """
         experts, values = self._layers[layer], self._input(hidden)
+        if self.arrangement and torch.cuda.is_current_stream_capturing():
+            return _in(hidden.dtype, _captured(experts, values, ids, weights))
         next_ids = None
         if self._look_ahead.is_made(layer) and experts.wants_look_ahead():
             next_ids = self._look_ahead.choose(layer, detached(hidden))
@@ -283,3 +313,15 @@ class Engine:
 def _in(dtype: torch.dtype, values: Tensor) -> Tensor:
     """The values in a dtype; torch's own `to` takes microseconds where they are in it already."""
     return values if values.dtype == dtype else values.to(dtype)
+
+
+def _captured(experts: OffloadedExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Make a call part of the CUDA graph that the current stream is captured into."""
+    ids, weights = ids.contiguous(), detached(weights).contiguous()
+    out = torch.empty_like(hidden)
+    needed = experts.graph_workspace_bytes(*ids.shape)
+    # Of the graph's own memory, where later kernels of the graph may have it again.
+    workspace = torch.empty(needed, dtype=torch.uint8, device=hidden.device)
+    stream = torch.cuda.current_stream(hidden.device)
+    experts.capture(hidden, ids, weights, out, workspace, stream=stream)
+    return out

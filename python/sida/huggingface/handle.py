@@ -164,6 +164,7 @@ class Offloaded:
         with self._passes.turn():
             if not self._open_engine().cache.in_place:
                 self._open_engine().scheduler.resize(memory)
+                self._arrange(self._open_engine())
             elif not self._source.fits_in_place(memory, self._policy):
                 self._stop()
                 try:
@@ -254,6 +255,7 @@ class Offloaded:
             )
             for layer in range(len(self._adapter.layer_names)):
                 self._install(engine, layer)
+            self._arrange(engine)
         except BaseException:
             self._stop()
             del cache
@@ -274,6 +276,13 @@ class Offloaded:
         stand_in.weights = LayerWeights(
             self._adapter, self._source, layer, engine.cache.device, lambda: self._passes.turn()
         )
+
+    def _arrange(self, engine: Engine) -> None:
+        """Tell the layers where their experts are, as graphs that are compiled go by it."""
+        engine.arrange()
+        for layer in range(len(self._adapter.layer_names)):
+            stand_in: Any = self._adapter.experts(layer)
+            stand_in.arrangement = engine.arrangement
 
     def _stop(self) -> None:
         """Take the engine away from the layers."""

@@ -31,6 +31,12 @@ DECODER_KEY = 0x9E3779B97F4A7C15
 """Tells a decoder's pass from an encoder's over the same tokens."""
 
 
+REARRANGED = (
+    "the experts were given another budget while a compiled call began, whose graph is for the one "
+    "before: call it again"
+)
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces, by what `torch.compiler.is_exporting` returns.
 
@@ -112,6 +118,7 @@ class Passes:
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         stack: int,
+        arrangement: str,
     ) -> None:
         """Begin the pass of a compiled stack; see `sida.torch.operators`."""
         arguments = dict(zip(READ, (input_ids, inputs_embeds, attention_mask), strict=True))
@@ -119,9 +126,12 @@ class Passes:
             engine = self.engine
             if engine is None:
                 raise RuntimeError(CLOSED)
+            if arrangement != engine.arrangement:
+                raise RuntimeError(REARRANGED)
+            engine.begin_graphs()
             # A graph does not say which cache it is about, so a decoder's states are not known.
             self._enter(engine, self._adapter.stacks()[stack], arguments, has_states=False)
-            self.turn.lend(engine.scheduler.end_pass)
+            self.turn.lend(engine.end_graphs)
 
     def end_compiled(self) -> None:
         """End the pass of a compiled stack."""
@@ -138,9 +148,15 @@ class Passes:
             if torch.compiler.is_dynamo_compiling():
                 read = [arguments.get(name) for name in READ]
                 read = [value if isinstance(value, Tensor) else None for value in read]
-                operators.begin_pass(operators.ORDER, *read, self._number, place)
+                arrangement = "" if self.engine is None else self.engine.arrangement
+                begun = operators.begin_pass(
+                    operators.ORDER, *read, self._number, place, arrangement
+                )
+                if read[0] is not None or read[1] is not None:
+                    name = READ[0] if read[0] is not None else READ[1]
+                    args, kwargs = _with(name, begun, names, args, kwargs)
                 output = forward(*args, **kwargs)
-                operators.end_pass(operators.ORDER, self._number)
+                operators.end_pass(operators.ORDER, _a_tensor(output), self._number)
                 return output
             with self.turn():
                 engine = self.engine
@@ -196,3 +212,22 @@ class Passes:
         if self._tables is None or batch.mask.numel() == 0:
             return None
         return self._tables.build(batch.key, batch.embeddings, batch.mask)
+
+
+def _with(
+    name: str, value: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a call another value for the argument `name`, which it has."""
+    if name in kwargs:
+        return args, {**kwargs, name: value}
+    place = names.index(name)
+    return (*args[:place], value, *args[place + 1 :]), kwargs
+
+
+def _a_tensor(output: Any) -> Tensor | None:
+    """Return the first tensor of what a stack gives."""
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in values if isinstance(output, (Mapping, tuple, list)) else (output,):
+        if isinstance(value, Tensor):
+            return value
+    return None

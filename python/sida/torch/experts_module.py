@@ -22,6 +22,8 @@ class ExpertsModule(StandIn):
         compute: (hidden states [T, H], ids [T, k], weights [T, k]) to [T, H]; None when closed.
         compute_predicted: The same without a router, where the layer is routed by hash table.
         num_experts: Experts of the layer.
+        arrangement: Names where the experts are if all of them stay on the GPU, until another
+            budget changes it; else empty. Graphs are compiled for one arrangement.
         dropout: Share that the original experts drop in training.
     """
 
@@ -30,6 +32,7 @@ class ExpertsModule(StandIn):
         self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.compute_predicted: Callable[[Tensor], Tensor] | None = None
         self.num_experts, self.dropout = num_experts, dropout
+        self.arrangement = ""
         self._number = operators.register(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -44,8 +47,11 @@ class ExpertsModule(StandIn):
             return self.predicted(hidden_states)
         self._check(hidden_states, top_k_weights)
         if torch.compiler.is_dynamo_compiling():
-            out: Tensor = operators.experts(
-                operators.ORDER, hidden_states, top_k_index, top_k_weights, self._number
+            given = hidden_states, top_k_index, top_k_weights, self._number
+            out: Tensor = (
+                operators.staying_experts(*given)
+                if self.arrangement
+                else operators.experts(operators.ORDER, *given)
             )
             return out
         return self.run(hidden_states, top_k_index, top_k_weights)

@@ -5,8 +5,11 @@ A graph has neither locks nor Python objects; its operators find the handle and 
 They do more than their results show (a pass begins, experts are loaded and counted), so all of them
 are declared to write to one tensor, `ORDER`: none is left out, and they run in the model's order.
 
-None goes into a CUDA graph: a replay would repeat the kernels of a call, not the decisions about
-which experts are brought.
+None of these goes into a CUDA graph: a replay would repeat the kernels of a call, not the
+decisions about which experts are brought. Where all experts stay on the GPU there are none to make,
+and `staying_experts`, which shows all that it does, may go into one. What it must not pass, the
+beginning and the end of its pass, it is tied to by tensors: `begin_pass` gives what the stack
+reads, `end_pass` takes what the stack gives.
 """
 
 from __future__ import annotations
@@ -33,8 +36,13 @@ class CompiledPasses(Protocol):
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         stack: int,
+        arrangement: str,
     ) -> None:
-        """Begin a stack's pass, in turn; it lasts until `end_compiled`, or the call's end."""
+        """Begin a stack's pass, in turn; it lasts until `end_compiled`, or the call's end.
+
+        Raises:
+            RuntimeError: Experts are not where they were when the graph was made.
+        """
 
     def end_compiled(self) -> None:
         """End the pass that this thread began."""
@@ -72,6 +80,7 @@ def _owner(number: int) -> Any:
 
 
 def _operator(name: str, schema: str) -> Callable[[_Function], Any]:
+    """Declare an operator that has effects beside its results."""
     unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # before it, ORDER keeps them out
     return torch.library.custom_op(
         f"sida::{name}",
@@ -84,7 +93,7 @@ def _operator(name: str, schema: str) -> Callable[[_Function], Any]:
 @_operator(
     "begin_pass",
     "(Tensor(a!) order, Tensor? input_ids, Tensor? inputs_embeds, Tensor? attention_mask, "
-    "int handle, int stack) -> ()",
+    "int handle, int stack, str arrangement) -> Tensor",
 )
 def begin_pass(
     order: Tensor,
@@ -93,15 +102,24 @@ def begin_pass(
     attention_mask: Tensor | None,
     handle: int,
     stack: int,
-) -> None:
-    """Begin a pass."""
+    arrangement: str,
+) -> Tensor:
+    """Begin a pass; return a copy of the ids, or else the embeddings, that it reads."""
     passes: CompiledPasses = _owner(handle)
-    passes.begin_compiled(input_ids, inputs_embeds, attention_mask, stack)
+    passes.begin_compiled(input_ids, inputs_embeds, attention_mask, stack, arrangement)
+    return _begun(order, input_ids, inputs_embeds)
 
 
-@_operator("end_pass", "(Tensor(a!) order, int handle) -> ()")
-def end_pass(order: Tensor, handle: int) -> None:
-    """End the pass that this thread began."""
+def _begun(order: Tensor, *read: Tensor | None) -> Tensor:
+    for tensor in read:
+        if tensor is not None:
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return order.new_empty(0)
+
+
+@_operator("end_pass", "(Tensor(a!) order, Tensor? result, int handle) -> ()")
+def end_pass(order: Tensor, result: Tensor | None, handle: int) -> None:
+    """End the pass that this thread began, whose stack gave `result`."""
     passes: CompiledPasses = _owner(handle)
     passes.end_compiled()
 
@@ -126,6 +144,27 @@ def predicted_experts(order: Tensor, hidden_states: Tensor, layer: int) -> Tenso
     return owner.run_predicted(hidden_states)
 
 
+@torch.library.custom_op("sida::staying_experts", mutates_args=())
+def staying_experts(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: int
+) -> Tensor:
+    """Compute the experts of a layer, as `experts`, where they all stay on the GPU."""
+    owner: CompiledExperts = _owner(layer)
+    return owner.run(hidden_states, top_k_index, top_k_weights)
+
+
+@staying_experts.register_fake
+def _(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@begin_pass.register_fake
+def _(
+    order: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, *arguments: Any
+) -> Tensor:
+    return _begun(order, input_ids, inputs_embeds)
+
+
 def _nothing(order: Tensor, *arguments: Any) -> None:
     return None
 
@@ -135,7 +174,6 @@ def _rows(order: Tensor, hidden_states: Tensor, *arguments: Any) -> Tensor:
 
 
 for operator, fake in (
-    (begin_pass, _nothing),
     (end_pass, _nothing),
     (experts, _rows),
     (predicted_experts, _rows),
