@@ -21,7 +21,7 @@ Place place_of_call(const AnyExperts& experts, const py::object& stream, const p
 
 py::object forward(AnyExperts& self, const py::object& hidden_states, const py::object& top_k_index,
                    const py::object& top_k_weights, const py::object& out,
-                   const py::object& next_top_k_index, const py::object& stream) {
+                   const py::object& next_top_k_index, bool guess_next, const py::object& stream) {
   const Place place = place_of_call(self, stream, hidden_states);
   const Array hidden(hidden_states, "hidden_states", place);
   std::optional<Array> next;
@@ -31,10 +31,24 @@ py::object forward(AnyExperts& self, const py::object& hidden_states, const py::
   const py::object result = out.is_none() ? empty_array(hidden_states) : out;
   const Array written(result, "out", place);
   const TensorView view = written.writable();
+  SIDA_EXPECTS(!guess_next || !next, "expected next_top_k_index or guess_next, got both");
   const Unlocked unlocked;
-  self.forward(hidden.view(), ids.view(), weights.view(), view,
-               next ? next->view() : ConstTensorView{}, place.stream);
+  if (guess_next)
+    self.forward_guessing(hidden.view(), ids.view(), weights.view(), view, place.stream);
+  else
+    self.forward(hidden.view(), ids.view(), weights.view(), view,
+                 next ? next->view() : ConstTensorView{}, place.stream);
   return result;
+}
+
+void set_next_router(AnyExperts& self, const py::object& weight, const py::object& bias,
+                     const py::object& correction, std::int32_t top_k) {
+  const Place place = place_of_call(self, py::none(), weight);
+  const auto view = [&](const py::object& array, const char* name) {
+    return array.is_none() ? ConstTensorView{} : Array(array, name, place).view();
+  };
+  self.set_next_router(
+      {view(weight, "weight"), view(bias, "bias"), view(correction, "correction"), top_k});
 }
 
 py::object forward_predicted(AnyExperts& self, const py::object& hidden_states,
@@ -101,19 +115,29 @@ void bind_experts(py::module_& module) {
           "Raises:\n    IndexError: No such layer.")
       .def("forward", &forward, py::arg("hidden_states"), py::arg("top_k_index"),
            py::arg("top_k_weights"), py::kw_only(), py::arg("out") = py::none(),
-           py::arg("next_top_k_index") = py::none(), py::arg("stream") = py::none(),
+           py::arg("next_top_k_index") = py::none(), py::arg("guess_next") = false,
+           py::arg("stream") = py::none(),
            "out[t] = sum over j of weights[t, j] * expert index[t, j] (hidden[t]).\n\n"
            "hidden_states [T, H] of the config's dtype; top_k_index [T, k] int32 or int64; "
            "top_k_weights [T, k] float32 or the config's dtype. Choices of weight 0 are left out. "
            "Writes to out, where it is given. next_top_k_index [T, k] in RAM, int32 or int64: what "
            "the next layer's router chooses on an input like its own; these experts may come "
            "early. Ids out of range are left out there. On a GPU they may still be on the way to "
-           "RAM, in the order of the stream.\n\n"
+           "RAM, in the order of the stream. guess_next: on a GPU, have the router of "
+           "set_next_router() asked, for calls of at most 32 tokens.\n\n"
            "Raises:\n    IndexError: An id out of range; on the CPU nothing is written then. On a "
            "GPU it counts as left out, and a later call or stats() may be what raises.\n"
            "    ValueError: A shape, dtype or device that does not fit.\n"
            "    OSError: An expert could not be read.\n"
            "    RuntimeError: The scheduler was closed.")
+      .def("set_next_router", &set_next_router, py::arg("weight"), py::arg("bias"),
+           py::arg("correction"), py::arg("top_k"),
+           "On a GPU, the router of the next layer, as guess_next asks it: it chooses the top_k "
+           "experts with the largest hidden @ weight.T + bias, or, where there is a correction, "
+           "sigmoids of these plus it. weight [E, H] float32 or the config's dtype; bias and "
+           "correction [E] float32, or None. The caller keeps them alive, where they are, for as "
+           "long as the layer is called.\n\n"
+           "Raises:\n    ValueError: It is of other sizes, or there is no next layer.")
       .def("forward_predicted", &forward_predicted, py::arg("hidden_states"), py::kw_only(),
            py::arg("out") = py::none(), py::arg("stream") = py::none(),
            "As forward, with experts and scales from the pass's hash table.\n\n"

@@ -18,6 +18,7 @@
 #include "sida/cache/fill_slabs.hpp"
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
+#include "sida/ffn/next_router.hpp"
 #include "sida/ffn/slab_layout.hpp"
 #include "sida/hash/hash_table.hpp"
 #include "sida/hash/predictor_weights.hpp"
@@ -51,6 +52,10 @@ class AnyExperts {
   virtual void forward(const ConstTensorView& hidden, const ConstTensorView& ids,
                        const ConstTensorView& weights, const TensorView& out,
                        const ConstTensorView& next_ids, Stream stream) = 0;
+  virtual void set_next_router(NextRouter router) = 0;
+  virtual void forward_guessing(const ConstTensorView& hidden, const ConstTensorView& ids,
+                                const ConstTensorView& weights, const TensorView& out,
+                                Stream stream) = 0;
   virtual bool wants_look_ahead() const = 0;
   virtual void forward_predicted(const ConstTensorView& hidden, const TensorView& out,
                                  Stream stream) = 0;

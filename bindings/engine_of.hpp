@@ -53,6 +53,14 @@ class Experts : public AnyExperts {
     follow(stream);
     here().forward(hidden, ids, weights, out, next_ids);
   }
+  void set_next_router(NextRouter router) override { here().set_next_router(std::move(router)); }
+  void forward_guessing(const ConstTensorView& hidden, const ConstTensorView& ids,
+                        const ConstTensorView& weights, const TensorView& out,
+                        Stream stream) override {
+    const auto turn = here().scheduler().turn();
+    follow(stream);
+    here().forward_guessing(hidden, ids, weights, out);
+  }
   bool wants_look_ahead() const override { return here().wants_look_ahead(); }
   void forward_predicted(const ConstTensorView& hidden, const TensorView& out,
                          Stream stream) override {

@@ -289,8 +289,16 @@ class OffloadedExperts:
         *,
         out: _Array | None = None,
         next_top_k_index: _DLPackArray | None = None,
+        guess_next: bool = False,
         stream: Any = None,
     ) -> _Array: ...
+    def set_next_router(
+        self,
+        weight: _DLPackArray,
+        bias: _DLPackArray | None,
+        correction: _DLPackArray | None,
+        top_k: int,
+    ) -> None: ...
     def forward_predicted(
         self, hidden_states: _Array, *, out: _Array | None = None, stream: Any = None
     ) -> _Array: ...

@@ -13,6 +13,7 @@
 #include "graph_calls.hpp"
 #include "launched.hpp"
 #include "layer_shape.hpp"
+#include "next_guess.hpp"
 #include "pinned_ring.hpp"
 #include "routing_log.hpp"
 #include "sida/backend/buffer.hpp"
@@ -38,10 +39,11 @@ class ExpertFfn<CudaBackend>::Call {
         stream_(backend.make_stream()),
         waited_(backend.make_event()),
         slots_(backend, slot_bytes()),
-        counters_(backend, cuda::few_bytes(shape_)),
+        counters_(backend, cuda::few_bytes(shape_) + cuda::guess_bytes(shape_.experts)),
         uploads_(backend),
         log_(backend, config.experts),
-        graphs_(backend, config.experts) {
+        graphs_(backend, config.experts),
+        guess_(backend, counters_.data() + cuda::few_bytes(shape_)) {
     std::fill_n(uploads_.next(counters_.size()), counters_.size(), std::byte{0});
     uploads_.send(counters_.data(), counters_.size(), stream_);
     backend_.synchronize(backend_.fence(stream_));  // whichever stream the calls go on
@@ -124,6 +126,8 @@ class ExpertFfn<CudaBackend>::Call {
     reserve(plan_, cuda::plan_bytes(shape_));
     reserve(routing_, 2 * assignments() * sizeof(float));
     is_planned_ = false;
+    next_router_ = nullptr;
+    guess_.forget();
     whole_.reset();
     experts_.clear();
     if (routing.is_foretold)
@@ -131,6 +135,13 @@ class ExpertFfn<CudaBackend>::Call {
     else
       take(routing);
   }
+
+  void guess(const NextRouter& router) {
+    expect_call("guess");
+    if (!is_foretold_ && 0 < shape_.tokens && shape_.tokens <= cuda::most_guessing_tokens)
+      next_router_ = &router;
+  }
+  std::optional<ConstTensorView> guessed() { return guess_.take(); }
 
   const std::vector<std::int32_t>& experts() {
     expect_call("experts");
@@ -241,6 +252,7 @@ class ExpertFfn<CudaBackend>::Call {
   void wait_for_routing() {
     make_plan();
     backend_.record(waited_, stream_);
+    if (next_router_) ask_next();
     backend_.synchronize(waited_);
     const cuda::RoutingLog::Entry& entry = *entry_;
     try {
@@ -249,6 +261,12 @@ class ExpertFfn<CudaBackend>::Call {
       abandon();
       throw;
     }
+  }
+
+  // Behind the routing, for which alone the host waits.
+  void ask_next() {
+    const cuda::DeviceScope scope(backend_.device());
+    guess_.ask(shape_, hidden_, *next_router_, stream_.native());
   }
 
   // Once for a call, as soon as something needs it.
@@ -415,6 +433,8 @@ class ExpertFfn<CudaBackend>::Call {
   cuda::PinnedRing uploads_;
   cuda::RoutingLog log_;
   cuda::GraphCalls graphs_;
+  cuda::NextGuess guess_;
+  const NextRouter* next_router_ = nullptr;   // whose choices the call at hand guesses
   cuda::RoutingLog::Entry* entry_ = nullptr;  // of the call at hand
   const std::byte* hidden_ = nullptr;
   cuda::GivenRouting given_;
@@ -440,6 +460,8 @@ void ExpertFfn<CudaBackend>::begin(const ConstTensorView& hidden, const Routing&
                                    Account account) {
   call_->begin(hidden, routing, std::move(account));
 }
+void ExpertFfn<CudaBackend>::guess(const NextRouter& router) { call_->guess(router); }
+std::optional<ConstTensorView> ExpertFfn<CudaBackend>::guessed() { return call_->guessed(); }
 const std::vector<std::int32_t>& ExpertFfn<CudaBackend>::experts() { return call_->experts(); }
 std::vector<std::uint8_t> ExpertFfn<CudaBackend>::counted() const { return call_->counted(); }
 void ExpertFfn<CudaBackend>::compute(std::span<const ExpertTask> tasks) { call_->compute(tasks); }

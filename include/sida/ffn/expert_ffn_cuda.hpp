@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/expert_ffn.hpp"
+#include "sida/ffn/next_router.hpp"
 #include "sida/ffn/routed_call.hpp"
 
 namespace sida {
@@ -53,6 +55,15 @@ class ExpertFfn<CudaBackend> {
   /// @throws InvalidArgument where hidden and routing disagree with each other or the config;
   /// OutOfRange for an earlier call's id; OutOfMemory; CudaError.
   void begin(const ConstTensorView& hidden, const Routing& routing, Account account);
+
+  /// Has the call's experts() also ask what the next layer's router would choose on `hidden`: one
+  /// kernel, which runs while the host deals with what experts() gave. Nothing where the call has
+  /// more than 32 tokens, or foretold routing. `router` is read in the order of the stream.
+  /// @throws StateError outside a call.
+  void guess(const NextRouter& router);
+  /// That guess, [T, k] i32 in RAM until the next call's; nothing where none was made, or where it
+  /// is not there some microseconds after it should be.
+  std::optional<ConstTensorView> guessed();
 
   /// The call's active experts, ascending: one small copy from the GPU, which is waited for; none
   /// where routing was foretold. @throws StateError outside a call; OutOfRange, which drops the
@@ -135,6 +146,8 @@ class RoutedCall<CudaBackend> {
   RoutedCall(const RoutedCall&) = delete;
   RoutedCall& operator=(const RoutedCall&) = delete;
 
+  void guess(const NextRouter& router) { ffn_.guess(router); }
+  std::optional<ConstTensorView> guessed() { return ffn_.guessed(); }
   const std::vector<std::int32_t>& experts() { return ffn_.experts(); }
   std::vector<std::uint8_t> counted() const { return ffn_.counted(); }
   ExpertTask task(std::int32_t expert, const ExpertWeights& weights) const {

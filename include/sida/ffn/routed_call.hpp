@@ -80,6 +80,8 @@ class KeptExperts;
 ///
 ///   RoutedCall(ffn, hidden, routing, account)   begins; account is called now or, where
 ///                                               `is_deferred`, once the routing is in RAM
+///   guess(router)            experts() asks the next layer's router, too (is_deferred only)
+///   guessed()                what it said, if it is there
 ///   experts()                active experts, ascending; may wait for the backend
 ///   counted()                see above
 ///   task(expert, weights)    what compute() takes

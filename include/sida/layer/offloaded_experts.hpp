@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -17,6 +16,7 @@
 #include "sida/core/moe_config.hpp"
 #include "sida/core/tensor_view.hpp"
 #include "sida/ffn/expert_ffn.hpp"
+#include "sida/ffn/next_router.hpp"
 #include "sida/ffn/routed_call.hpp"
 #include "sida/ffn/slab_layout.hpp"
 #include "sida/layer/router_choices.hpp"
@@ -74,7 +74,25 @@ class OffloadedExperts {
                const ConstTensorView& next_ids = {}) {
     const auto turn = scheduler_->turn();
     if (!next_ids.shape.empty()) check_next(hidden, next_ids);
-    run(hidden, {ids, weights, mask_for(hidden), skip_padding_}, out, next_ids);
+    run(hidden, {ids, weights, mask_for(hidden), skip_padding_}, out, {next_ids, nullptr});
+  }
+
+  /// On a backend that routes by itself, forward_guessing() asks this router, which stands for the
+  /// next layer's, as cheaply as can be. What it borrows must outlive the layer's calls.
+  /// @throws InvalidArgument for a router of other sizes, and for the last layer.
+  void set_next_router(NextRouter router) {
+    expect_next();
+    check_router(router, config_.experts, config_.hidden_size, config_.dtype);
+    const auto turn = scheduler_->turn();
+    next_router_ = std::move(router);
+  }
+  /// As forward(), with `next_ids` that the layer asks of the router itself, for at most 32 tokens.
+  /// @throws StateError without set_next_router().
+  void forward_guessing(const ConstTensorView& hidden, const ConstTensorView& ids,
+                        const ConstTensorView& weights, const TensorView& out) {
+    const auto turn = scheduler_->turn();
+    if (!next_router_) throw StateError("forward_guessing: expected set_next_router() before it");
+    run(hidden, {ids, weights, mask_for(hidden), skip_padding_}, out, {{}, &*next_router_});
   }
 
   /// Whether forward() has a use for `next_ids` in the pass at hand.
@@ -136,10 +154,7 @@ class OffloadedExperts {
   /// @throws what a load threw, StateError after close().
   void load_all() {
     const auto turn = scheduler_->turn();
-    std::vector<std::int32_t> experts(static_cast<std::size_t>(config_.experts));
-    std::iota(experts.begin(), experts.end(), 0);
-    const std::vector<std::uint8_t> uncounted(experts.size(), 0);
-    auto demand = scheduler_->demand(layer_, experts, uncounted, false);
+    auto demand = scheduler_->demand_all(layer_);
     for (auto leases = demand.next_ready(); !leases.empty(); leases = demand.next_ready()) {
       if constexpr (RoutedCall<B>::is_deferred)
         for (const auto& lease : leases) ffn_->wait(lease.arrival());
@@ -210,31 +225,41 @@ class OffloadedExperts {
     return fits ? mask : std::span<const std::uint8_t>();
   }
 
-  void check_next(const ConstTensorView& hidden, const ConstTensorView& next_ids) const {
+  // What tells which experts the next layer will need, if anything does.
+  struct Next {
+    ConstTensorView ids = {};
+    const NextRouter* router = nullptr;
+  };
+
+  void expect_next() const {
     SIDA_EXPECTS(layer_ + 1 < scheduler_->layers(),
-                 "forward: the last layer has no next one to look ahead to");
+                 "the last layer has no next one to look ahead to");
+  }
+  void check_next(const ConstTensorView& hidden, const ConstTensorView& next_ids) const {
+    expect_next();
     check_choices(next_ids, hidden.shape.empty() ? 0 : hidden.shape[0]);
   }
 
   void run(const ConstTensorView& hidden, const Routing& routing, const TensorView& out,
-           const ConstTensorView& next_ids = {}) {
+           const Next& next = {}) {
     const bool is_kept = find_kept();
     RoutedCall<B> call(*ffn_, hidden, routing, account(routing, is_kept));
     if (is_kept) {
       compute_kept(call);
       call.combine(out);
     } else {
-      compute_demanded(call, routing, next_ids, out);
+      compute_demanded(call, routing, next, out);
     }
   }
 
   // Experts as they are resident, in waves.
-  void compute_demanded(RoutedCall<B>& call, const Routing& routing,
-                        const ConstTensorView& next_ids, const TensorView& out) {
+  void compute_demanded(RoutedCall<B>& call, const Routing& routing, const Next& next,
+                        const TensorView& out) {
+    if constexpr (RoutedCall<B>::is_deferred)
+      if (next.router) call.guess(*next.router);
     const auto& experts = call.experts();
     auto demand = scheduler_->demand(layer_, experts, call.counted(), routing.is_foretold);
-    if (!next_ids.shape.empty())
-      scheduler_->look_ahead(layer_ + 1, choices_of(next_ids, routing.mask, config_.experts));
+    look_ahead(call, routing, next);
     std::vector<ExpertTask> tasks;
     std::optional<Fence> enqueued;  // behind what the call has enqueued so far
     bool is_combined = false;
@@ -259,6 +284,13 @@ class OffloadedExperts {
       trace_compute(begin, tasks.size());
     }
     if (!is_combined) call.combine(out);
+  }
+  void look_ahead(RoutedCall<B>& call, const Routing& routing, const Next& next) {
+    std::optional<ConstTensorView> ids;
+    if (!next.ids.shape.empty()) ids = next.ids;
+    if constexpr (RoutedCall<B>::is_deferred)
+      if (next.router) ids = call.guessed();
+    if (ids) scheduler_->look_ahead(layer_ + 1, choices_of(*ids, routing.mask, config_.experts));
   }
   // What the call computes from here on comes behind the experts' arrival.
   void wait(RoutedCall<B>& call, const Fence& arrival, const std::optional<Fence>& enqueued) {
@@ -378,6 +410,7 @@ class OffloadedExperts {
   std::shared_ptr<Scheduler> scheduler_;
   std::shared_ptr<ExpertFfn<B>> ffn_;
   bool skip_padding_ = false;
+  std::optional<NextRouter> next_router_;
   std::shared_ptr<const KeptExperts<B>> kept_;  // where the layer's experts stay
   std::uint64_t kept_arena_ = 0;
 };

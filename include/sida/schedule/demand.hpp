@@ -30,7 +30,7 @@ class Demand {
   /// Made by OffloadScheduler::demand. @throws OutOfRange, StateError.
   Demand(Cache& cache, Transfers<B, Policy>& transfers, Trace& trace, const bool& closed,
          std::int32_t layer, std::int64_t step, const std::vector<std::int32_t>& experts,
-         std::span<const std::uint8_t> counted, bool predicted)
+         std::span<const std::uint8_t> counted, bool predicted, bool is_call = true)
       : cache_(cache),
         transfers_(transfers),
         trace_(trace),
@@ -38,7 +38,7 @@ class Demand {
         layer_(layer),
         needs_(cache, transfers.queue(), layer) {
     std::unique_lock lock(cache_.mutex());
-    needs_.ask(step, experts, counted, predicted);
+    needs_.ask(step, experts, counted, predicted, is_call);
     try {
       transfers_.begin_loads(lock);
       transfers_.queue().wake();

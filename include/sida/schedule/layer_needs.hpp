@@ -37,10 +37,10 @@ class LayerNeeds {
   LayerNeeds& operator=(const LayerNeeds&) = delete;
 
   /// Asks, once; who transfers is not yet told. `counted[i]` is 0 where padding alone needs the
-  /// expert; empty: all count.
+  /// expert; empty: all count. Without `is_call` nothing is computed, and nothing learnt from it.
   /// @throws OutOfRange, InvalidArgument, StateError before anything is changed.
   void ask(std::int64_t step, const std::vector<std::int32_t>& experts,
-           std::span<const std::uint8_t> counted, bool predicted) {
+           std::span<const std::uint8_t> counted, bool predicted, bool is_call = true) {
     std::vector<bool> foretold;
     for (const std::int32_t expert : experts) {
       cache_.residency_locked({layer_, expert});  // throws
@@ -52,10 +52,12 @@ class LayerNeeds {
     if (queue_.calls() > 0) throw StateError("demand: the layer call before has not ended");
     ++queue_.calls();
     try {
-      ++stats().calls;
-      stats().predicted_calls += predicted;
-      stats().look_ahead += queue_.look_ahead().begin_layer({layer_, step}, experts, counted);
-      cache_.forecast().begin_layer(layer_, step, experts);
+      if (is_call) {
+        ++stats().calls;
+        stats().predicted_calls += predicted;
+        stats().look_ahead += queue_.look_ahead().begin_layer({layer_, step}, experts, counted);
+        cache_.forecast().begin_layer(layer_, step, experts);
+      }
       queue_.begin_layer(layer_, experts);
       for (std::size_t i = 0; i < experts.size(); ++i)
         ask_for({layer_, experts[i]}, foretold[i], counted.empty() || counted[i] != 0);

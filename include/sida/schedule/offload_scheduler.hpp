@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -205,6 +206,16 @@ class OffloadScheduler {
     expect_open();
     return Demand<B, Policy>(cache_, transfers_, trace_, closed_, layer, steps_.first() + layer,
                              experts, counted, predicted);
+  }
+
+  /// Asks for all experts of a layer, which no call needs; else as demand().
+  Demand<B, Policy> demand_all(std::int32_t layer) {
+    expect_open();
+    std::vector<std::int32_t> all(static_cast<std::size_t>(experts()));
+    std::iota(all.begin(), all.end(), 0);
+    const std::vector<std::uint8_t> uncounted(all.size(), 0);
+    return Demand<B, Policy>(cache_, transfers_, trace_, closed_, layer, steps_.first() + layer,
+                             all, uncounted, false, false);
   }
 
   /// Whether it is of use to look ahead from a layer of the pass at hand: not all experts have a

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from sida.huggingface.router_choice import LinearRouter
 from sida.torch.teacher import MoeAdapter
 
 if TYPE_CHECKING:
@@ -129,6 +130,21 @@ class ExpertAdapter(MoeAdapter, Protocol):
 
         Raises:
             Exception: The layer has no router that sida knows, or the router takes something else.
+        """
+
+    def linear_router(self, layer: int, hidden: Tensor) -> LinearRouter | None:
+        """Return a layer's router as a kernel asks it for a look ahead, instead of `choices`.
+
+        Args:
+            layer: Whose router.
+            hidden: The input that it is about to be asked on.
+
+        Returns:
+            Its weights, the same object as long as they are the same; None for a router that is no
+            linear map, and in training.
+
+        Raises:
+            Exception: As `choices`.
         """
 
     def remove(self, layer: int) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sida.huggingface.adapter import integer_tensor
 from sida.huggingface.layers_adapter import LayersAdapter
-from sida.huggingface.router_choice import ChoiceForm
+from sida.huggingface.router_choice import ChoiceForm, LinearRouter
 
 ROUTERS = ("gate", "router")
 """Names that MoE layers have for their router."""
@@ -44,6 +44,7 @@ class DecoderAdapter(LayersAdapter):
         super().__init__(model)
         # By layer, of the router that was there and its class.
         self._choices: dict[int, tuple[nn.Module, type[nn.Module], ChoiceForm | None]] = {}
+        self._linear: dict[int, LinearRouter] = {}
 
     def find_predictable(self) -> list[int]:
         """Return the layers whose routing can be foretold: all of them, or none."""
@@ -60,11 +61,28 @@ class DecoderAdapter(LayersAdapter):
             raise ValueError(f"expected a router named {' or '.join(ROUTERS)}, found none")
         if router.training:
             return None
+        form = self._choice_form(layer, router, hidden)
+        return form.choose(router, hidden) if form else self._ask(layer, router, hidden)
+
+    def linear_router(self, layer: int, hidden: Tensor) -> LinearRouter | None:
+        """Return a layer's router as a kernel asks it; see `ExpertAdapter.linear_router`."""
+        router = self._router(layer)
+        if not isinstance(router, nn.Module) or router.training:
+            return None
+        form = self._choice_form(layer, router, hidden)
+        if form is None:
+            return None
+        known = self._linear.get(layer)
+        if known is None or not known.is_of(router):
+            known = self._linear[layer] = form.linear(router)
+        return known
+
+    def _choice_form(self, layer: int, router: nn.Module, hidden: Tensor) -> ChoiceForm | None:
         known, kind, form = self._choices.get(layer, (None, None, None))
         if known is not router or kind is not type(router):
             form = ChoiceForm.of(router, hidden, lambda rows: self._ask(layer, router, rows))
             self._choices[layer] = router, type(router), form
-        return form.choose(router, hidden) if form else self._ask(layer, router, hidden)
+        return form
 
     def leave_router_out(self, layer: int) -> None:
         """Let the layer's router choose nothing, since its experts go by the hash table.

@@ -18,6 +18,7 @@ from sida.huggingface.expert_file import ExpertFile
 from sida.huggingface.look_ahead import LookAhead
 from sida.huggingface.pinned_experts import PinnedExperts
 from sida.huggingface.progress import reporting
+from sida.huggingface.router_choice import LinearRouter
 from sida.layer import detached
 from sida.threads import default_threads
 from sida.torch.experts_module import CLOSED
@@ -28,6 +29,8 @@ NO_TABLE = (
     "model or its encoder, not a layer by itself, and a decoder with a DynamicCache that it filled "
     'itself, not compiled; or offload with routing="exact"'
 )
+MOST_GUESSING_TOKENS = 32
+"""Of a call, up to which a kernel asks the next layer's router."""
 _ARRANGEMENTS = itertools.count(1)
 Memory = int | float | str
 """Bytes, a share of all experts, or "2GiB", "20%", "12 experts"."""
@@ -239,6 +242,7 @@ class Engine:
         ]
         self.arrangement = ""
         self._are_loaded = False
+        self._routers: dict[int, LinearRouter] = {}
 
     def arrange(self) -> None:
         """Name where the experts are; to be called when they have another budget."""
@@ -272,16 +276,31 @@ class Engine:
         experts, values = self._layers[layer], self._input(hidden)
         if self.arrangement and torch.cuda.is_current_stream_capturing():
             return _in(hidden.dtype, _captured(experts, values, ids, weights))
-        next_ids = None
+        next_ids, guess_next = None, False
         if self._look_ahead.is_made(layer) and experts.wants_look_ahead():
-            next_ids = self._look_ahead.choose(layer, detached(hidden))
+            guess_next = values.is_cuda and self._may_guess(layer, values)
+            if not guess_next and self._look_ahead.is_made(layer):
+                next_ids = self._look_ahead.choose(layer, detached(hidden))
         out: Tensor = experts.forward(
             values,
             ids.contiguous(),
             detached(weights).contiguous(),
             next_top_k_index=next_ids,
+            guess_next=guess_next,
         )
         return _in(hidden.dtype, out)
+
+    def _may_guess(self, layer: int, hidden: Tensor) -> bool:
+        """Whether a kernel of sida's, which costs less than torch's, asks the next router."""
+        if len(hidden) > MOST_GUESSING_TOKENS:
+            return False
+        router = self._look_ahead.router(layer, hidden)
+        if router is not None and self._routers.get(layer) is not router:
+            self._layers[layer].set_next_router(
+                router.weight, router.bias, router.correction, router.top_k
+            )
+            self._routers[layer] = router  # which keeps its weights alive
+        return router is not None
 
     def compute_predicted(self, layer: int, hidden: Tensor) -> Tensor:
         """Compute a layer's experts as the pass's hash table says, zeros where it says nothing."""

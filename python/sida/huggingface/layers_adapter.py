@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sida.huggingface.adapter import Compute, ComputePredicted, Stack
+from sida.huggingface.router_choice import LinearRouter
 from sida.torch.experts_module import ExpertsModule
 
 NO_PREDICTOR = (
@@ -111,6 +112,10 @@ class LayersAdapter(ABC):
             setattr(module, self._children[layer], own)
         elif isinstance(experts, ExpertsModule):
             experts.compute = experts.compute_predicted = None
+
+    def linear_router(self, layer: int, hidden: Tensor) -> LinearRouter | None:
+        """Return None: no router is known to be a linear map."""
+        return None
 
     # What predictors ask for.
 

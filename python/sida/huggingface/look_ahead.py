@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sida.huggingface.adapter import ExpertAdapter
+from sida.huggingface.router_choice import LinearRouter
 
 SWITCHED_OFF = "predictor=False"
 INTEGERS = (torch.int32, torch.int64)
@@ -39,6 +40,21 @@ class LookAhead:
         """Whether `choose` is of use from a layer."""
         return layer in self._layers
 
+    def router(self, layer: int, hidden: Tensor) -> LinearRouter | None:
+        """Return the router of the layer behind `layer`, if a kernel can be asked instead of it.
+
+        Args:
+            layer: As for `choose`.
+            hidden: As for `choose`, on a GPU.
+        """
+        try:
+            with torch.no_grad():
+                router = self._adapter.linear_router(layer + 1, hidden)
+        except Exception as error:
+            self._switch_off(layer, error)
+            return None
+        return router if router is not None and router.fits(hidden) else None
+
     def choose(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return what the router of the layer behind `layer` chooses.
 
@@ -55,11 +71,15 @@ class LookAhead:
                 return self._guess(layer + 1, hidden)
             with torch.no_grad():
                 return self._guess(layer + 1, hidden)
-        except Exception as error:  # the same router raises again where its own layer calls it
-            self._layers.discard(layer)
-            name = self._adapter.layer_names[layer + 1]
-            self.off.append(f"{name}: {type(error).__name__}: {error}")
+        except Exception as error:
+            self._switch_off(layer, error)
             return None
+
+    def _switch_off(self, layer: int, error: Exception) -> None:
+        # The same router raises again where its own layer calls it.
+        self._layers.discard(layer)
+        name = self._adapter.layer_names[layer + 1]
+        self.off.append(f"{name}: {type(error).__name__}: {error}")
 
     def _guess(self, layer: int, hidden: Tensor) -> Tensor | None:
         ids = self._adapter.choices(layer, hidden)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,56 @@ CORRECTION = "e_score_correction_bias"
 """What routers that choose by corrected sigmoids (as DeepSeek-V3) call the correction."""
 ROWS = 512
 """Random inputs by which a router's form is told: enough for roundings to show."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearRouter:
+    """A router that chooses the best of a linear map's results, as a kernel of sida's asks it.
+
+    With a correction it compares sigmoids to which that is added.
+    """
+
+    module: nn.Module
+    """The router."""
+    owner: nn.Module
+    """The module that has the map's weight: the router, or a part of it."""
+    weight: Tensor
+    """[E, H]."""
+    bias: Tensor | None
+    """[E] float32."""
+    correction: Tensor | None
+    """[E] float32."""
+    top_k: int
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, owner: nn.Module, correction: Tensor | None, top_k: int
+    ) -> LinearRouter:
+        """Take a router's weights as they are now."""
+        weight = owner.weight
+        assert isinstance(weight, Tensor)
+        added = (_added(getattr(owner, "bias", None)), _added(correction))
+        return cls(module, owner, weight.detach(), *added, top_k)
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether these are still a router's weights."""
+        weight: Any = self.owner.weight
+        return module is self.module and weight.data_ptr() == self.weight.data_ptr()
+
+    def fits(self, hidden: Tensor) -> bool:
+        """Whether the kernel reads weights of this kind beside such hidden states."""
+        weight = self.weight
+        return (
+            weight.device == hidden.device
+            and weight.dtype in (torch.float32, hidden.dtype)
+            and weight.shape[1:] == hidden.shape[1:]
+            and weight.is_contiguous()
+            and weight.data_ptr() % 16 == 0
+        )
+
+
+def _added(values: Any) -> Tensor | None:
+    return values.detach().float().contiguous() if isinstance(values, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -66,6 +117,11 @@ class ChoiceForm:
             if torch.equal(scores.gather(1, form.best(scores)), chosen):
                 return form
         return None
+
+    def linear(self, router: nn.Module) -> LinearRouter:
+        """Return the weights of a router of this form."""
+        correction = getattr(router, CORRECTION) if self.is_corrected else None
+        return LinearRouter.of(router, router, correction, self.top_k)
 
     def choose(self, router: nn.Module, hidden: Tensor) -> Tensor:
         """Return the expert ids [T, k] int64 that a router of this form chooses."""

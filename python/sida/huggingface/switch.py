@@ -22,6 +22,7 @@ from sida.huggingface.adapter import (
     integer_tensor,
 )
 from sida.huggingface.layers_adapter import LayersAdapter
+from sida.huggingface.router_choice import LinearRouter
 from sida.torch.experts_module import ExpertsModule
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class SwitchAdapter(LayersAdapter):
         self.num_experts = int(self._layers[0].router.num_experts)
         self.top_k = 1
         self._logits: dict[int, Tensor] = {}
+        self._linear: dict[int, LinearRouter] = {}
 
     # What offloading asks for.
 
@@ -197,6 +199,16 @@ class SwitchAdapter(LayersAdapter):
         selected, _ = _selected(type(router).forward(router, hidden))
         chosen, ids = selected.flatten(0, -2).max(-1)
         return ids.masked_fill(chosen == 0, -1)
+
+    def linear_router(self, layer: int, hidden: Tensor) -> LinearRouter | None:
+        """Return a layer's classifier, whatever its capacity leaves out."""
+        router = self._layers[layer].router
+        if router.training or type(router.classifier) is not nn.Linear:
+            return None
+        known = self._linear.get(layer)
+        if known is None or not known.is_of(router):
+            known = self._linear[layer] = LinearRouter.of(router, router.classifier, None, 1)
+        return known
 
     def stand_in(self, layer: int) -> SwitchExperts:
         """Return what stands for the experts of every layer."""

@@ -144,8 +144,7 @@ def predicted_experts(order: Tensor, hidden_states: Tensor, layer: int) -> Tenso
     return owner.run_predicted(hidden_states)
 
 
-@torch.library.custom_op("sida::staying_experts", mutates_args=())
-def staying_experts(
+def _staying_experts(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: int
 ) -> Tensor:
     """Compute the experts of a layer, as `experts`, where they all stay on the GPU."""
@@ -153,16 +152,19 @@ def staying_experts(
     return owner.run(hidden_states, top_k_index, top_k_weights)
 
 
-@staying_experts.register_fake
-def _(hidden_states: Tensor, *arguments: Any) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape)
+staying_experts = torch.library.custom_op(
+    "sida::staying_experts", _staying_experts, mutates_args=()
+)
 
 
-@begin_pass.register_fake
-def _(
+def _copy(
     order: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, *arguments: Any
 ) -> Tensor:
     return _begun(order, input_ids, inputs_embeds)
+
+
+def _like(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
 
 
 def _nothing(order: Tensor, *arguments: Any) -> None:
@@ -174,6 +176,8 @@ def _rows(order: Tensor, hidden_states: Tensor, *arguments: Any) -> Tensor:
 
 
 for operator, fake in (
+    (begin_pass, _copy),
+    (staying_experts, _like),
     (end_pass, _nothing),
     (experts, _rows),
     (predicted_experts, _rows),
