@@ -176,6 +176,8 @@ void bind_scheduler(py::module_& module) {
             self.set_mask(flags);
           },
           py::arg("mask"), "Gives the pass at hand its mask (nonzero: token).")
+      .def("set_key", &AnyScheduler::set_key, py::arg("key"), py::call_guard<Unlocked>(),
+           "Names the batch of the pass at hand, which began without its key.")
       .def("end_pass", &AnyScheduler::end_pass, py::call_guard<Unlocked>(),
            "Ends the pass: its table is forgotten.")
       .def(

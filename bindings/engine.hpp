@@ -85,6 +85,7 @@ class AnyScheduler {
   virtual void begin_pass(std::optional<HashTable> table, std::uint64_t key,
                           std::span<const std::uint8_t> mask) = 0;
   virtual void set_mask(std::span<const std::uint8_t> mask) = 0;
+  virtual void set_key(std::uint64_t key) = 0;
   virtual void end_pass() = 0;
   virtual const HashTable* table() const = 0;
   virtual std::uint64_t key() const = 0;

@@ -135,6 +135,7 @@ class Scheduler : public AnyScheduler, public std::enable_shared_from_this<Sched
     here().begin_pass(std::move(table), key, mask);
   }
   void set_mask(std::span<const std::uint8_t> mask) override { here().set_mask(mask); }
+  void set_key(std::uint64_t key) override { here().set_key(key); }
   void end_pass() override { here().end_pass(); }
   const HashTable* table() const override { return here().table(); }
   std::uint64_t key() const override { return here().key(); }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import sida
+from sida.huggingface.batches import ArrivingBatch
 from sida.huggingface.engine import Engine
 from sida.torch import operators
 
@@ -202,11 +204,16 @@ def test_what_is_sidas_stays_out_of_cuda_graphs(memory: Any) -> None:
 def staying(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines as they are where all experts stay on a GPU, without what a GPU does."""
     numbers = itertools.count(1)
+
+    def end(engine: Engine) -> None:
+        engine._name_batch()
+        engine.scheduler.end_pass()
+
     monkeypatch.setattr(
         Engine, "arrange", lambda engine: setattr(engine, "arrangement", str(next(numbers)))
     )
     monkeypatch.setattr(Engine, "begin_graphs", lambda engine: None)
-    monkeypatch.setattr(Engine, "end_graphs", lambda engine: engine.scheduler.end_pass())
+    monkeypatch.setattr(Engine, "end_graphs", end)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
@@ -242,6 +249,27 @@ def test_a_graph_is_for_experts_where_they_are() -> None:
                 operators.ORDER, prompt["input_ids"], None, None, off._passes._number, 0, first
             )
         assert relative(run(graph, prompt), expected) <= 1e-5
+
+
+@pytest.mark.usefixtures("staying")
+def test_a_pass_that_is_named_later_is_counted_and_recorded_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of token ids on a GPU, which are not waited for."""
+    model, prompts = make_family("mixtral"), [make_prompt(seed) for seed in range(2)]
+
+    def recorded(off: sida.Offloaded, called: Any) -> tuple[Any, ...]:
+        off.reset_stats()
+        for prompt in prompts:
+            run(called, prompt)
+        table = off._engine.scheduler.record()
+        return list(table.keys), table.ids.tolist(), table.probs.tolist(), counts(off)
+
+    with sida.offload(model, memory="3 experts") as off:
+        expected = recorded(off, model)
+        monkeypatch.setattr(ArrivingBatch, "is_for", lambda arguments: True)
+        monkeypatch.setattr(torch.cuda, "Event", Mock)
+        assert recorded(off, compiled(model)) == expected
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_experts_that_stay_are_part_of_cuda_graphs(monkeypatch: pytest.MonkeyPat
             off.reset_stats()
             for prompt in prompts:
                 run(off.model, prompt)
-        counted = off.stats()
+        counted = off.stats(), off._engine.scheduler.record()
         graph = torch.compile(off.model, fullgraph=True, mode="reduce-overhead")
         check_replayed(off, graph, prompts, expected, counted, monkeypatch)
         off.resize("3 experts")
@@ -80,7 +80,7 @@ def check_replayed(
     graph: Any,
     prompts: list[dict[str, Any]],
     expected: list[Any],
-    counted: sida.Stats,
+    counted: tuple[sida.Stats, sida.HashTable],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Passes of a graph are right and counted, and Python has no part in their experts."""
@@ -91,8 +91,11 @@ def check_replayed(
         patched.setattr(off._engine, "compute", None)
         for prompt, out in zip(prompts, expected, strict=True):
             assert relative(run(graph, prompt).clone(), out) <= 1e-5
-    stats = off.stats()
-    assert [stats[name] for name in COUNTS] == [counted[name] for name in COUNTS]
+    stats, routing = off.stats(), off._engine.scheduler.record()
+    assert [stats[name] for name in COUNTS] == [counted[0][name] for name in COUNTS]
+    assert list(routing.keys) == list(counted[1].keys)
+    assert routing.ids.tolist() == counted[1].ids.tolist()
+    assert routing.probs.tolist() == counted[1].probs.tolist()
 
 
 COUNTS = ("passes", "tokens", "uses", "hits")

@@ -186,6 +186,13 @@ class OffloadScheduler {
     mask_.assign(mask.begin(), mask.end());
   }
 
+  /// Names the batch of the pass at hand, which began without its key.
+  void set_key(std::uint64_t key) {
+    const auto mine = turn();
+    recorder_.set_key(key);
+    key_ = key;
+  }
+
   /// Ends the pass: its table is forgotten.
   void end_pass() {
     const auto mine = turn();

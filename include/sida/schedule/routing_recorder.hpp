@@ -29,6 +29,12 @@ class RoutingRecorder {
     make_way();
   }
 
+  /// Names the batch of the pass at hand, if there is one.
+  void set_key(std::uint64_t key) {
+    const std::lock_guard lock(mutex_);
+    if (recording_) passes_.back().keys = {key};
+  }
+
   /// The number of the pass at hand, for an add() that may come after its end; -1 outside a pass.
   std::int64_t pass() const {
     const std::lock_guard lock(mutex_);

@@ -47,6 +47,32 @@ def read_batch(
     return None
 
 
+class ArrivingBatch:
+    """A stack's token ids and mask on their way from a GPU, for which nobody waits yet."""
+
+    def __init__(self, arguments: Mapping[str, Any], embed: Callable[[Tensor], Tensor]) -> None:
+        self._embed = embed
+        self._arguments = {
+            name: value.detach().to("cpu", non_blocking=True)
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and value.dim() == 2
+        }
+        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._sent.record()
+
+    @staticmethod
+    def is_for(arguments: Mapping[str, Any]) -> bool:
+        """Whether a stack reads token ids that lie on a GPU."""
+        ids = arguments.get("input_ids")
+        given = arguments.get("inputs_embeds")
+        return given is None and isinstance(ids, Tensor) and ids.dim() == 2 and ids.is_cuda
+
+    def read(self) -> StackBatch | None:
+        """Wait for it; see `read_batch`."""
+        self._sent.synchronize()
+        return read_batch(self._arguments, self._embed)
+
+
 def token_mask(mask: Any, rows: int, columns: int) -> Tensor:
     """Return [rows, columns] uint8: 1 for tokens.
 

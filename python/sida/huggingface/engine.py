@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -242,6 +243,7 @@ class Engine:
         ]
         self.arrangement = ""
         self._are_loaded = False
+        self._name: Callable[[], None] | None = None
         self._routers: dict[int, LinearRouter] = {}
 
     def arrange(self) -> None:
@@ -261,11 +263,21 @@ class Engine:
         self._stream = torch.cuda.current_stream(self.cache.device)
         self._layers[0].begin_replays(stream=self._stream)
 
+    def name_later(self, name: Callable[[], None]) -> None:
+        """Have the pass at hand named by `name` once something needs it, or at its end."""
+        self._name = name
+
     def end_graphs(self) -> None:
         """End that pass."""
+        self._name_batch()
         if self.arrangement:
             self._layers[0].end_replays(stream=self._stream)
         self.scheduler.end_pass()
+
+    def _name_batch(self) -> None:
+        name, self._name = self._name, None
+        if name is not None:
+            name()
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute a layer's experts as its router chose; see `sida.OffloadedExperts`.
@@ -274,8 +286,10 @@ class Engine:
         the result has the dtype of `hidden`.
         """
         experts, values = self._layers[layer], self._input(hidden)
-        if self.arrangement and torch.cuda.is_current_stream_capturing():
-            return _in(hidden.dtype, _captured(experts, values, ids, weights))
+        if self.arrangement:
+            if torch.cuda.is_current_stream_capturing():
+                return _in(hidden.dtype, _captured(experts, values, ids, weights))
+            self._name_batch()
         next_ids, guess_next = None, False
         if self._look_ahead.is_made(layer) and experts.wants_look_ahead():
             guess_next = values.is_cuda and self._may_guess(layer, values)

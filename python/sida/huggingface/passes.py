@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sida._core import HashTable
 from sida.huggingface.adapter import ExpertAdapter, Stack
-from sida.huggingface.batches import StackBatch, read_batch
+from sida.huggingface.batches import ArrivingBatch, StackBatch, read_batch
 from sida.huggingface.decoding import DecoderTables
 from sida.huggingface.engine import Engine
 from sida.huggingface.tables import PredictedTables, Tables
@@ -129,8 +129,11 @@ class Passes:
             if arrangement != engine.arrangement:
                 raise RuntimeError(REARRANGED)
             engine.begin_graphs()
-            # A graph does not say which cache it is about, so a decoder's states are not known.
-            self._enter(engine, self._adapter.stacks()[stack], arguments, has_states=False)
+            of = self._adapter.stacks()[stack]
+            if self._may_name_later(engine, of, arguments):
+                self._enter_unnamed(engine, of, arguments)
+            else:  # a graph does not say which cache it is about: a decoder's states are not known
+                self._enter(engine, of, arguments, has_states=False)
             self.turn.lend(engine.end_graphs)
 
     def end_compiled(self) -> None:
@@ -198,20 +201,48 @@ class Passes:
         if batch.key == ahead and (stack.predictable or self._decoder is not None):
             engine.scheduler.set_mask(batch.mask)
         elif stack.predictable:
-            engine.scheduler.begin_pass(self._build(batch), key=batch.key, mask=batch.mask)
+            engine.scheduler.begin_pass(self._build(batch), key=_key(stack, batch), mask=batch.mask)
         else:
             built = None
             if self._decoder is not None and has_states:
                 built = self._decoder.build(batch, arguments)
             table, states = built or (None, None)
-            engine.scheduler.begin_pass(table, key=batch.key ^ DECODER_KEY, mask=batch.mask)
+            engine.scheduler.begin_pass(table, key=_key(stack, batch), mask=batch.mask)
             return states
         return None
+
+    def _may_name_later(self, engine: Engine, stack: Stack, arguments: Mapping[str, Any]) -> bool:
+        """Whether a pass may begin before it is known which batch it is of: nothing is foretold."""
+        return (
+            bool(engine.arrangement)
+            and self.ahead_key is None
+            and not (stack.predictable and self._tables is not None)
+            and ArrivingBatch.is_for(arguments)
+        )
+
+    def _enter_unnamed(self, engine: Engine, stack: Stack, arguments: Mapping[str, Any]) -> None:
+        """Begin a pass without waiting for the GPU to say what it reads."""
+        arriving = ArrivingBatch(arguments, self._adapter.embed)
+        self.count += 1
+        engine.scheduler.begin_pass()
+
+        def name() -> None:
+            batch = arriving.read()
+            if batch is not None:
+                self.tokens += int(batch.mask.sum())
+                engine.scheduler.set_key(_key(stack, batch))
+                engine.scheduler.set_mask(batch.mask)
+
+        engine.name_later(name)
 
     def _build(self, batch: StackBatch) -> HashTable | None:
         if self._tables is None or batch.mask.numel() == 0:
             return None
         return self._tables.build(batch.key, batch.embeddings, batch.mask)
+
+
+def _key(stack: Stack, batch: StackBatch) -> int:
+    return batch.key if stack.predictable else batch.key ^ DECODER_KEY
 
 
 def _with(

@@ -21,10 +21,10 @@ constexpr bool hopper_built = true;
 constexpr bool hopper_built = false;
 #endif
 
-/// A kernel for calls of so many tokens or fewer, and for so many rows an expert on average or
-/// fewer; the first entry that fits counts.
+/// A kernel for calls of so many tokens and choices or fewer, or for so many rows an expert on
+/// average or fewer; the first entry that fits counts.
 struct Entry {
-  int tokens;
+  int tokens, choices;
   double rows;
   Kernel kernel;
 };
@@ -33,19 +33,22 @@ constexpr double any = 1e30;
 // Measured by benchmarks/cuda_expert_layer.py; `sida tune` measures again on a user's own GPU. Few
 // rows need few registers for more blocks; the rare expert with more than eight rows then reads its
 // weights again, from L2.
-constexpr Entry hopper_table[] = {
-    {8, 0, Kernel::narrow}, {0, 64, Kernel::swapped}, {0, any, Kernel::hopper}};
-constexpr Entry other_table[] = {{8, 0, Kernel::narrow},
-                                 {0, 4, Kernel::narrow},
-                                 {0, 16, Kernel::wide},
-                                 {0, any, Kernel::grouped}};
-constexpr Entry full_table[] = {{0, 32, Kernel::dot}, {0, any, Kernel::tiled}};
+constexpr Entry hopper_table[] = {{8, few_assignments, 0, Kernel::narrow},
+                                  {0, 0, 64, Kernel::swapped},
+                                  {0, 0, any, Kernel::hopper}};
+constexpr Entry other_table[] = {{8, 8 * max_top_k, 0, Kernel::narrow},
+                                 {0, 0, 4, Kernel::narrow},
+                                 {0, 0, 16, Kernel::wide},
+                                 {0, 0, any, Kernel::grouped}};
+constexpr Entry full_table[] = {{0, 0, 32, Kernel::dot}, {0, 0, any, Kernel::tiled}};
 
 template <std::size_t rows>
 Kernel first_fitting(const Entry (&table)[rows], const LayerShape& shape) {
-  const double average = static_cast<double>(shape.tokens) * shape.top_k / shape.experts;
+  const int choices = shape.tokens * shape.top_k;
+  const double average = static_cast<double>(choices) / shape.experts;
   for (const Entry& entry : table)
-    if (shape.tokens <= entry.tokens || average <= entry.rows) return entry.kernel;
+    if ((shape.tokens <= entry.tokens && choices <= entry.choices) || average <= entry.rows)
+      return entry.kernel;
   return Kernel::general;
 }
 
