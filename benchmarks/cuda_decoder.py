@@ -384,6 +384,7 @@ def measure(name: str, options: Any, measure_shape: MeasureShape) -> dict[str, A
             shape = Shape(shape.family, {**shape.config, **small})
         origin = harness.provenance()
         shapes[shape_name] = {key: origin[key] for key in ("commit", "command", "date")}
+        shapes[shape_name]["device"] = gpu()["name"]
         shapes[shape_name] |= measure_shape(shape_name, shape, options)
     return {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
 

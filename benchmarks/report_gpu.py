@@ -86,11 +86,51 @@ def gpu_fewer(results: Results) -> str:
     return table((*head, "no tables, ms", "/ (R + M)"), rows)
 
 
+ORIGINS = {
+    "encoder": "encoders",
+    "expert_layer": "one layer",
+    "expert_layer_h100": "one layer, of before",
+    "decoder": "decoders",
+    "compiled_decoder": "decoders, compiled",
+    "generate": "`generate`",
+    "link": "the link",
+    "layer_call": "one call",
+    "hash_building": "hash tables",
+    "memory": "memory",
+}
+"""Parts of the page, by the name of their results."""
+
+
+@needs("cuda_encoder")
+def gpu_origins(results: Results) -> str:
+    """Which GPU and commit each part's figures are of."""
+    rows = []
+    for name, part in ORIGINS.items():
+        found = results.get(f"cuda_{name}", {})
+        for shape, figures in {"": found, **found.get("shapes", {})}.items():
+            gpu = figures.get("gpu", figures.get("device"))
+            device = gpu.get("name") if isinstance(gpu, Mapping) else gpu
+            if not device or (figures is found and name.endswith("decoder")):
+                continue  # decoders are recorded shape by shape
+            about = f"{part}, {shape}" if shape else part
+            rows.append((about, device, figures["commit"][:7], figures["date"]))
+    return table(("part", "GPU", "commit", "date"), rows)
+
+
 @needs("cuda_expert_layer")
 def gpu_layers(results: Results) -> str:
-    """One layer: sida beside Triton, grouped_mm and a loop over cuBLAS."""
+    """One layer: sida beside Triton, grouped_mm and a loop over cuBLAS; by GPU."""
+    shown = [
+        f"On an {found['gpu']}:\n\n{_layers(found)}"
+        for name, found in results.items()
+        if name.startswith("cuda_expert_layer")
+    ]
+    return "\n\n".join(shown)
+
+
+def _layers(found: Mapping[str, Any]) -> str:
     rows = []
-    for row in results["cuda_expert_layer"]["rows"]:
+    for row in found["rows"]:
         times = row["median_us"]
         own = times["sida tuned"]  # the kernel that sida itself chooses
         others = [times.get(name) for name in ("triton", "grouped_mm", "cublas_loop")]
@@ -263,6 +303,7 @@ BLOCKS = {
         gpu_encoder,
         gpu_fewer,
         gpu_layers,
+        gpu_origins,
         gpu_link,
         gpu_call,
         gpu_tables,

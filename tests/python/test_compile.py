@@ -213,6 +213,7 @@ def staying(monkeypatch: pytest.MonkeyPatch) -> None:
         Engine, "arrange", lambda engine: setattr(engine, "arrangement", str(next(numbers)))
     )
     monkeypatch.setattr(Engine, "begin_graphs", lambda engine: None)
+    monkeypatch.setattr(Engine, "load_all", lambda engine: None)
     monkeypatch.setattr(Engine, "end_graphs", end)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 

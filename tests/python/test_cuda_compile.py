@@ -99,3 +99,25 @@ def check_replayed(
 
 
 COUNTS = ("passes", "tokens", "uses", "hits")
+
+
+def test_graphs_of_layers_whose_model_breaks_between_them() -> None:
+    model = make_family("mixtral").to("cuda")
+    prompts = [on_gpu(make_prompt(seed)) for seed in range(2)]
+    expected = [run(model, prompt) for prompt in prompts]
+    with sida.offload(model, memory=1.0, device="cuda") as off:
+        attention = model.model.layers[1].self_attn
+        attention.forward = torch.compiler.disable(attention.forward)
+        graph = torch.compile(off.model, mode="reduce-overhead")
+        for _ in range(3):
+            run(graph, prompts[0])
+        off.reset_stats()
+        for prompt, out in zip(prompts, expected, strict=True):
+            assert relative(run(graph, prompt).clone(), out) <= 1e-5
+        got = off.stats()
+        off.reset_stats()
+        for prompt in prompts:
+            run(off.model, prompt)
+        counted = off.stats()
+        assert [got[name] for name in COUNTS] == [counted[name] for name in COUNTS]
+        del attention.forward

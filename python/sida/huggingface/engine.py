@@ -244,6 +244,7 @@ class Engine:
         self.arrangement = ""
         self._are_loaded = False
         self._name: Callable[[], None] | None = None
+        self._stream: torch.cuda.Stream | None = None  # of the pass at hand's graphs
         self._routers: dict[int, LinearRouter] = {}
 
     def arrange(self) -> None:
@@ -252,26 +253,29 @@ class Engine:
         self.arrangement = str(next(_ARRANGEMENTS)) if stay else ""
         self._are_loaded = False
 
-    def begin_graphs(self) -> None:
-        """Prepare for a pass that CUDA graphs may be part of, if all experts stay."""
-        if not self.arrangement:
-            return
-        if not self._are_loaded:
+    def load_all(self) -> None:
+        """Bring all experts, if they stay; before a CUDA graph is made of calls of them."""
+        if self.arrangement and not self._are_loaded:
             for layer in self._layers:
                 layer.load_all()
             self._are_loaded = True
-        self._stream = torch.cuda.current_stream(self.cache.device)
-        self._layers[0].begin_replays(stream=self._stream)
+
+    def begin_graphs(self) -> None:
+        """Prepare for a pass that CUDA graphs may be part of, if there can be any."""
+        if self._are_loaded:
+            self._stream = torch.cuda.current_stream(self.cache.device)
+            self._layers[0].begin_replays(stream=self._stream)
 
     def name_later(self, name: Callable[[], None]) -> None:
         """Have the pass at hand named by `name` once something needs it, or at its end."""
         self._name = name
 
     def end_graphs(self) -> None:
-        """End that pass."""
+        """End that pass, or any other."""
         self._name_batch()
-        if self.arrangement:
-            self._layers[0].end_replays(stream=self._stream)
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._layers[0].end_replays(stream=stream)
         self.scheduler.end_pass()
 
     def _name_batch(self) -> None:

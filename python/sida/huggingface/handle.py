@@ -282,7 +282,7 @@ class Offloaded:
         engine.arrange()
         for layer in range(len(self._adapter.layer_names)):
             stand_in: Any = self._adapter.experts(layer)
-            stand_in.arrangement = engine.arrangement
+            stand_in.arrangement, stand_in.load_all = engine.arrangement, engine.load_all
 
     def _stop(self) -> None:
         """Take the engine away from the layers."""

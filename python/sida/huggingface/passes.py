@@ -128,6 +128,7 @@ class Passes:
                 raise RuntimeError(CLOSED)
             if arrangement != engine.arrangement:
                 raise RuntimeError(REARRANGED)
+            engine.load_all()
             engine.begin_graphs()
             of = self._adapter.stacks()[stack]
             if self._may_name_later(engine, of, arguments):
@@ -170,6 +171,7 @@ class Passes:
                             "handle again"
                         )
                     return forward(*args, **kwargs)
+                engine.begin_graphs()  # of layers, where something breaks the model's own graph
                 states = self._enter(engine, stack, arguments)
                 try:
                     output = forward(*args, **kwargs)
@@ -177,7 +179,7 @@ class Passes:
                         self._decoder.keep(states, arguments, output)
                     return output
                 finally:
-                    engine.scheduler.end_pass()
+                    engine.end_graphs()
 
         return run
 

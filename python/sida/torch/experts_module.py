@@ -24,6 +24,7 @@ class ExpertsModule(StandIn):
         num_experts: Experts of the layer.
         arrangement: Names where the experts are if all of them stay on the GPU, until another
             budget changes it; else empty. Graphs are compiled for one arrangement.
+        load_all: Brings all experts of an arrangement.
         dropout: Share that the original experts drop in training.
     """
 
@@ -33,6 +34,7 @@ class ExpertsModule(StandIn):
         self.compute_predicted: Callable[[Tensor], Tensor] | None = None
         self.num_experts, self.dropout = num_experts, dropout
         self.arrangement = ""
+        self.load_all: Callable[[], None] | None = None
         self._number = operators.register(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -69,6 +71,14 @@ class ExpertsModule(StandIn):
         if self.compute is None:
             raise RuntimeError(CLOSED)
         return self.compute(hidden_states, top_k_index, top_k_weights)
+
+    def run_staying(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Compute as `run`, where all experts stay; a CUDA graph may be captured, next time."""
+        if self.load_all is not None and not torch.cuda.is_current_stream_capturing():
+            self.load_all()
+        return self.run(hidden_states, top_k_index, top_k_weights)
 
     def run_predicted(self, hidden_states: Tensor) -> Tensor:
         """Compute by hash table, as `run`."""

@@ -54,6 +54,11 @@ class CompiledExperts(Protocol):
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute them as the router chose."""
 
+    def run_staying(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Compute them where all of them stay; in a CUDA graph, if one is being captured."""
+
     def run_predicted(self, hidden_states: Tensor) -> Tensor:
         """Compute them as the pass's hash table says."""
 
@@ -149,7 +154,7 @@ def _staying_experts(
 ) -> Tensor:
     """Compute the experts of a layer, as `experts`, where they all stay on the GPU."""
     owner: CompiledExperts = _owner(layer)
-    return owner.run(hidden_states, top_k_index, top_k_weights)
+    return owner.run_staying(hidden_states, top_k_index, top_k_weights)
 
 
 staying_experts = torch.library.custom_op(
