@@ -270,6 +270,7 @@ def test_a_pass_that_is_named_later_is_counted_and_recorded_alike(
         expected = recorded(off, model)
         monkeypatch.setattr(ArrivingBatch, "is_for", lambda arguments: True)
         monkeypatch.setattr(torch.cuda, "Event", Mock)
+        monkeypatch.setattr(torch.cuda, "current_stream", Mock)
         assert recorded(off, compiled(model)) == expected
 
 

@@ -58,7 +58,7 @@ class ArrivingBatch:
             if isinstance(value, Tensor) and value.dim() == 2
         }
         self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._sent.record()
+        self._sent.record(torch.cuda.current_stream(arguments["input_ids"].device))
 
     @staticmethod
     def is_for(arguments: Mapping[str, Any]) -> bool:

@@ -272,11 +272,13 @@ class Engine:
 
     def end_graphs(self) -> None:
         """End that pass, or any other."""
-        self._name_batch()
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            self._layers[0].end_replays(stream=stream)
-        self.scheduler.end_pass()
+        try:
+            self._name_batch()
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                self._layers[0].end_replays(stream=stream)
+        finally:
+            self.scheduler.end_pass()
 
     def _name_batch(self) -> None:
         name, self._name = self._name, None
