@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sida/layer/offloaded_experts.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -272,6 +273,27 @@ TEST_CASE("A layer must fit the cache that it is given", "[layer]") {
   MoeConfig other = model.config;
   other.intermediate_size += 1;
   CHECK_THROWS_AS(make(other, 0), InvalidArgument);
+}
+
+TEST_CASE("All experts of a layer are brought as far as there is room, which counts as no call",
+          "[layer]") {
+  const Model model;
+  for (const int slots : {1, 2, 6, 11, 18}) {
+    Default engine(model, Budget::experts(slots), std::make_shared<DelayedStore>(model.store, 3));
+    engine.layers[1].load_all();
+    const std::vector<ExpertId> resident = engine.cache.resident();
+    CHECK(std::ssize(resident) == std::min(slots, model.config.experts));
+    CHECK(std::ranges::all_of(resident, [](ExpertId id) { return id.layer == 1; }));
+    const CacheStats stats = engine.scheduler->stats();
+    CHECK(stats.total.calls == 0);
+    CHECK(stats.total.uses == 0);
+    engine.scheduler->reset_stats();
+    engine.scheduler->begin_pass({}, 0, {});
+    engine.forward(1);
+    if (slots >= model.config.experts) CHECK(engine.scheduler->stats().total.misses == 0);
+    CHECK(engine.scheduler->stats().total.calls == 1);
+    CHECK_FALSE(engine.layers[1].may_be_captured());  // only a GPU's
+  }
 }
 
 TEST_CASE("Calls from several threads take turns", "[layer][threads]") {

@@ -155,7 +155,9 @@ class OffloadedExperts {
   void load_all() {
     const auto turn = scheduler_->turn();
     auto demand = scheduler_->demand_all(layer_);
-    for (auto leases = demand.next_ready(); !leases.empty(); leases = demand.next_ready()) {
+    for (;;) {
+      const auto leases = demand.next_ready();
+      if (leases.empty()) break;
       if constexpr (RoutedCall<B>::is_deferred)
         for (const auto& lease : leases) ffn_->wait(lease.arrival());
     }
