@@ -47,12 +47,8 @@ def offloaded_model(device: str) -> Any:
         head_dim=64,
         vocab_size=128,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = Qwen3MoeModel(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(device):
+        model = Qwen3MoeModel._from_config(config, dtype=torch.bfloat16)
     model = model.eval().requires_grad_(False)
     return sida.offload(model, memory=1.0, device=device)
 

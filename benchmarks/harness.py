@@ -207,6 +207,7 @@ def provenance() -> dict[str, Any]:
 
     Where the sources are a copy without git, SIDA_COMMIT names the commit.
     """
+    import accelerate
     import transformers
 
     return {
@@ -223,6 +224,7 @@ def provenance() -> dict[str, Any]:
         "sida": sida.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
     }
 
 

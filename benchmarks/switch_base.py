@@ -65,12 +65,8 @@ def _made(kind: type[Any], device: str, **changes: Any) -> Any:
         **sizes,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = kind(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(device):
+        model = kind._from_config(config, dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
