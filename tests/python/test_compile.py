@@ -461,4 +461,4 @@ def test_the_operators_are_what_torch_expects() -> None:
         operators.experts,
         operators.predicted_experts,
     ):
-        assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags
+        assert torch.Tag.cudagraph_unsafe in operator.tags
