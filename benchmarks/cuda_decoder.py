@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from decoder_models import SHAPES, SMALL, Shape, half_on_host, make_decoder, text
+from decoder_models import SHAPES, Shape, cut_down, half_on_host, make_decoder, text
 from gpu_timing import ANY_SPREAD, finished, free_memory, gpu, link_peak, wait
 from torch import Tensor
 
@@ -372,30 +372,33 @@ def targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     return kept
 
 
-def measure(name: str, options: Any, measure_shape: MeasureShape) -> dict[str, Any]:
+def measure(
+    name: str, options: Any, measure_shape: MeasureShape, among: Mapping[str, Shape]
+) -> dict[str, Any]:
     """Return the figures of the shapes that were asked for, beside those recorded before."""
     recorded = harness.RESULTS / f"{name}.json"
     before = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
     shapes: dict[str, Any] = dict(before.get("shapes", {}))
     for shape_name in options.shape:
-        shape = SHAPES[shape_name]
-        if options.small:
-            small = {key: value for key, value in SMALL.items() if key in shape.config}
-            shape = Shape(shape.family, {**shape.config, **small})
+        shape = cut_down(among[shape_name]) if options.small else among[shape_name]
         origin = harness.provenance()
         shapes[shape_name] = {key: origin[key] for key in ("commit", "command", "date")}
-        shapes[shape_name]["device"] = gpu()["name"]
+        shapes[shape_name]["device"] = gpu().get("name")
         shapes[shape_name] |= measure_shape(shape_name, shape, options)
     return {"gpu": gpu(), "shapes": shapes, "targets": all_targets(shapes)}
 
 
 def all_targets(shapes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the targets of all shapes."""
-    return [target for name in SHAPES if name in shapes for target in shapes[name]["targets"]]
+    return [target for found in shapes.values() for target in found["targets"]]
 
 
 def run(
-    name: str, description: str | None, measure_shape: MeasureShape, default: list[str]
+    name: str,
+    description: str | None,
+    measure_shape: MeasureShape,
+    default: list[str],
+    among: Mapping[str, Shape] = SHAPES,
 ) -> None:
     """Run the command line of a benchmark that measures shapes one by one.
 
@@ -404,9 +407,10 @@ def run(
         description: What it says of itself.
         measure_shape: Returns the figures of a shape, by its name, itself and the options.
         default: Shapes that are measured where none are named.
+        among: The shapes that there are, by name.
     """
     parser = harness.arguments(description)
-    parser.add_argument("--shape", nargs="*", choices=list(SHAPES), help="these alone")
+    parser.add_argument("--shape", nargs="*", choices=list(among), help="these alone")
     parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark")
     options = parser.parse_args()
@@ -415,7 +419,9 @@ def run(
     # cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length, 3 ms a
     # layer: whoever reads a length first would pay for all who read it later.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    harness.run(name, options, lambda: measure(name, options, measure_shape), spread=ANY_SPREAD)
+    harness.run(
+        name, options, lambda: measure(name, options, measure_shape, among), spread=ANY_SPREAD
+    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ VOCABULARY = 4096
 SKEW = 0.2
 ATTENTION, EXPERTS = 0.65, 4.0
 """Gains of the last matrices of attention and experts; embeddings deviate by 1 from 0."""
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
+"""How the names of routers' matrices end."""
 AGAIN, REACH = 0.35, 3
 """How often a token is one of the last ones again, and how many of them are meant."""
 
@@ -79,6 +81,102 @@ SHAPES = {
     "mixtral": Shape("mixtral", _MIXTRAL),
     "olmoe": Shape("olmoe", _OLMOE),
 }
+_DEEPSEEK = {
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 0,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+}
+FAMILIES = {
+    "qwen2_moe": Shape(
+        "qwen2_moe",
+        {
+            "hidden_size": 2048,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+        },
+    ),
+    "qwen3_moe": Shape("qwen3_moe", {**_QWEN3, "num_hidden_layers": 4}),
+    "mixtral": Shape("mixtral", {**_MIXTRAL, "num_hidden_layers": 4}),
+    "olmoe": Shape("olmoe", {**_OLMOE, "num_hidden_layers": 4}),
+    "phimoe": Shape(
+        "phimoe",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 6400,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "granitemoe": Shape(
+        "granitemoe",
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "num_local_experts": 40,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    "deepseek_v2": Shape(
+        "deepseek_v2",
+        {
+            **_DEEPSEEK,
+            "hidden_size": 2048,
+            "moe_intermediate_size": 1408,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "q_lora_rank": None,
+        },
+    ),
+    "deepseek_v3": Shape(
+        "deepseek_v3",
+        {
+            **_DEEPSEEK,
+            "hidden_size": 7168,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "n_routed_experts": 64,
+            "n_shared_experts": 1,
+            "n_group": 8,
+            "topk_group": 4,
+            "num_experts_per_tok": 8,
+            "q_lora_rank": 1536,
+        },
+    ),
+    "gpt_oss": Shape(
+        "gpt_oss",
+        {
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+        },
+    ),
+}
+"""A model of each family of transformers' experts interface, its layers as large as in one that
+people run (a quarter of the experts of DeepSeek-V3), but few of them."""
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 32,
@@ -89,6 +187,14 @@ SMALL = {
     "num_hidden_layers": 4,
 }
 """What a shape is cut down to where only the benchmark itself is to be tried."""
+
+
+def cut_down(shape: Shape) -> Shape:
+    """Return a shape so small that a CPU does for it."""
+    small = {key: value for key, value in SMALL.items() if key in shape.config}
+    if "kv_lora_rank" in shape.config:  # whose heads all have keys and values of their own
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return Shape(shape.family, {**shape.config, **small})
 
 
 def make_decoder(shape: Shape, device: str) -> Any:
@@ -105,9 +211,9 @@ def make_decoder(shape: Shape, device: str) -> Any:
             part = name.removesuffix(".weight").rpartition(".")[2]
             parameter.data.normal_(std=gains.get(part, 1.0) * parameter.shape[-1] ** -0.5)
     model.model.embed_tokens.weight.data.normal_()
-    for layer in model.model.layers:
-        rows = layer.mlp.gate.weight
-        rows.data.mul_((SKEW * torch.randn(len(rows), 1, device=device)).exp())
+    for name, parameter in model.named_parameters():
+        if name.endswith(ROUTERS):
+            parameter.data.mul_((SKEW * torch.randn(len(parameter), 1, device=device)).exp())
     return model.eval().requires_grad_(False)
 
 

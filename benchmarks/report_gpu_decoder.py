@@ -10,6 +10,7 @@ from report_tables import milliseconds, needs, table, targets_table
 
 Results = Mapping[str, Any]
 NAME, COMPILED, GENERATE = "cuda_decoder", "cuda_compiled_decoder", "cuda_generate"
+EVERY = "cuda_families"
 PEERS = ("eager", "grouped_mm", "batched_mm")
 WAYS = {"no_prediction": "without prediction", "look_ahead": "look-ahead"}
 CANDIDATES = {
@@ -76,6 +77,23 @@ def gpu_decoder_targets(results: Results) -> str:
         f"The tenth of a layer's experts that is used most has {skews} of its uses.\n\n"
         f"{missed} of {len(found['targets'])} are missed.\n\n{targets_table(found['targets'])}"
     )
+
+
+@needs(EVERY)
+def gpu_families(results: Results) -> str:
+    """All experts on the GPU: a token, a prompt and the MoE block alone, by family."""
+    rows = []
+    for family, found in results[EVERY]["shapes"].items():
+        for what, key in (
+            ("a token", "resident"),
+            ("a prompt of 512", "prompt_resident"),
+            ("a layer's MoE block", "block"),
+        ):
+            times = found[key]
+            peers = [milliseconds(times[peer]) if peer in times else "" for peer in PEERS]
+            rows.append((f"{family}, {what}", milliseconds(times["sida"]), *peers))
+    shown = table(("", "sida, ms", *(f"{peer}, ms" for peer in PEERS)), rows)
+    return f"{shown}\n\n{targets_table(results[EVERY]['targets'])}"
 
 
 @needs(COMPILED)
@@ -153,6 +171,7 @@ BLOCKS = {
         gpu_decoder_alone,
         gpu_decoder_targets,
         gpu_decoder_compiled,
+        gpu_families,
         gpu_generate,
     )
 }

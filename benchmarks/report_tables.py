@@ -43,9 +43,11 @@ def targets_table(targets: Iterable[Mapping[str, Any]]) -> str:
     return table(("what", "measured", "target", "kept"), rows) if rows else nothing()
 
 
-def nothing() -> str:
-    """Return what stands where results are missing."""
-    return "Not recorded yet: `scripts/benchmark`."
+def nothing(name: str = "") -> str:
+    """Return what stands where results are missing: those of a benchmark, or of all."""
+    part = name.removeprefix("cuda_")
+    command = "scripts/benchmark" if part == name else f"scripts/gpu {part}"
+    return f"Not recorded yet: `{command}`."
 
 
 def needs(name: str) -> Callable[[Block], Block]:
@@ -54,7 +56,7 @@ def needs(name: str) -> Callable[[Block], Block]:
     def decorate(block: Block) -> Block:
         @functools.wraps(block)
         def shown(results: Mapping[str, Any]) -> str:
-            return block(results) if name in results else nothing()
+            return block(results) if name in results else nothing(name)
 
         return shown
 
