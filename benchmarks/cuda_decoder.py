@@ -29,6 +29,7 @@ from gpu_timing import ANY_SPREAD, finished, free_memory, gpu, link_peak, wait
 from torch import Tensor
 
 import sida
+from sida.torch.experts_module import ExpertsModule
 
 NAME = "cuda/decoder"
 MeasureShape = Callable[[str, Shape, Any], dict[str, Any]]
@@ -253,11 +254,12 @@ def blocks_alone(ways: dict[str, Blocks], layers: int, turns: int) -> dict[str, 
 def bring_all(off: sida.Offloaded) -> None:
     """Call every layer with choices that name each expert, so that all are resident."""
     model: Any = off.model
-    for layer in model.model.layers:
-        rows = layer.mlp.gate.weight
-        ids = torch.arange(len(rows), device=rows.device).view(-1, model.config.num_experts_per_tok)
-        hidden = torch.zeros(len(ids), rows.shape[1], dtype=rows.dtype, device=rows.device)
-        layer.mlp.experts(hidden, ids, torch.ones(ids.shape, device=rows.device))
+    embedding = model.get_input_embeddings().weight
+    for experts in model.modules():
+        if isinstance(experts, ExpertsModule):
+            ids = torch.arange(experts.num_experts, device=embedding.device)[:, None]
+            hidden = embedding.new_zeros(len(ids), embedding.shape[1])
+            experts(hidden, ids, torch.ones(ids.shape, device=embedding.device))
     stats = off.stats()
     if stats["resident_experts"] < stats["total_experts"]:
         raise RuntimeError(f"expected all experts to be resident, got\n{stats}")

@@ -8,35 +8,17 @@ decoder_models.py for the shapes and for what is random.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
 import harness
 import torch
-from cuda_decoder import LONG_PROMPT, resident, run
+from cuda_decoder import LONG_PROMPT, all_resident, resident, run
 from decoder_models import FAMILIES, Shape, make_decoder, text
 from gpu_timing import finished, free_memory
 
-import sida
-
 NAME = "cuda/families"
 PEERS = ("eager", "grouped_mm", "batched_mm")
-MOST_PASSES = 8
-"""Of a prompt, until each expert has been used once."""
-
-
-def all_resident(model: Any, device: str) -> sida.Offloaded:
-    """Return a handle of a copy, with all experts resident."""
-    off = sida.offload(copy.deepcopy(model), memory=1.0, device=device)
-    free_memory()
-    for turn in range(MOST_PASSES):
-        torch.manual_seed(turn)
-        ids = torch.randint(0, model.config.vocab_size, (1, LONG_PROMPT), device=device)
-        off.model(input_ids=ids, use_cache=False)
-        if off.stats()["resident_experts"] == off.stats()["total_experts"]:
-            return off
-    raise RuntimeError(f"expected all experts to be used by {MOST_PASSES} prompts\n{off.stats()}")
 
 
 def blocks_of(model: Any) -> list[Any]:

@@ -92,6 +92,7 @@ ORIGINS = {
     "expert_layer_h100": "one layer, of before",
     "decoder": "decoders",
     "compiled_decoder": "decoders, compiled",
+    "families": "every family",
     "generate": "`generate`",
     "link": "the link",
     "layer_call": "one call",
@@ -106,12 +107,13 @@ def gpu_origins(results: Results) -> str:
     """Which GPU and commit each part's figures are of."""
     rows = []
     for name, part in ORIGINS.items():
-        found = results.get(f"cuda_{name}", {})
-        for shape, figures in {"": found, **found.get("shapes", {})}.items():
+        if f"cuda_{name}" not in results:
+            continue
+        found = results[f"cuda_{name}"]
+        alone = {s: of for s, of in found.get("shapes", {}).items() if "device" in of}
+        for shape, figures in (alone or {"": found}).items():  # recorded one by one, or together
             gpu = figures.get("gpu", figures.get("device"))
-            device = gpu.get("name") if isinstance(gpu, Mapping) else gpu
-            if not device or (figures is found and name.endswith("decoder")):
-                continue  # decoders are recorded shape by shape
+            device = gpu["name"] if isinstance(gpu, Mapping) else gpu
             about = f"{part}, {shape}" if shape else part
             rows.append((about, device, figures["commit"][:7], figures["date"]))
     return table(("part", "GPU", "commit", "date"), rows)

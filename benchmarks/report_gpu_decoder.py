@@ -12,6 +12,7 @@ Results = Mapping[str, Any]
 NAME, COMPILED, GENERATE = "cuda_decoder", "cuda_compiled_decoder", "cuda_generate"
 EVERY = "cuda_families"
 PEERS = ("eager", "grouped_mm", "batched_mm")
+BESIDE_PEERS = ("", "sida, ms", *(f"{peer}, ms" for peer in PEERS))
 WAYS = {"no_prediction": "without prediction", "look_ahead": "look-ahead"}
 CANDIDATES = {
     "no_prediction": "sida, {share}, without prediction",
@@ -34,11 +35,10 @@ def gpu_decoder(results: Results) -> str:
             ("a prompt of 512", "prompt_resident", "prompt"),
         ):
             times = found[key]
-            peers = [milliseconds(times[peer]) if peer in times else "" for peer in PEERS]
             half = milliseconds(found["accelerate"][moved])
             name = f"{shape}, {found['layers']} layers, {what}"
-            rows.append((name, milliseconds(times["sida"]), *peers, half))
-    return table(("", "sida, ms", *(f"{peer}, ms" for peer in PEERS), "accelerate, ms"), rows)
+            rows.append((name, *_beside_peers(times), half))
+    return table((*BESIDE_PEERS, "accelerate, ms"), rows)
 
 
 @needs(NAME)
@@ -89,10 +89,8 @@ def gpu_families(results: Results) -> str:
             ("a prompt of 512", "prompt_resident"),
             ("a layer's MoE block", "block"),
         ):
-            times = found[key]
-            peers = [milliseconds(times[peer]) if peer in times else "" for peer in PEERS]
-            rows.append((f"{family}, {what}", milliseconds(times["sida"]), *peers))
-    shown = table(("", "sida, ms", *(f"{peer}, ms" for peer in PEERS)), rows)
+            rows.append((f"{family}, {what}", *_beside_peers(found[key])))
+    shown = table(BESIDE_PEERS, rows)
     return f"{shown}\n\n{targets_table(results[EVERY]['targets'])}"
 
 
@@ -132,6 +130,12 @@ def gpu_generate(results: Results) -> str:
     head = (f"{found['new_tokens']} tokens a sentence", "ms", "× accelerate", "hits", "M, ms")
     shown = table((*head, "tokens as Hugging Face's"), rows)
     return f"{shown}\n\n{targets_table(found['targets'])}"
+
+
+def _beside_peers(times: Mapping[str, Any]) -> list[str]:
+    """Return sida's time and those of the peers that were measured, as BESIDE_PEERS has them."""
+    ways = ("sida", *PEERS)
+    return [milliseconds(times[way]) if way in times else "" for way in ways]
 
 
 def _moving(figures: Mapping[str, Any]) -> tuple[str, str]:

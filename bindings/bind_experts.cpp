@@ -84,8 +84,11 @@ void capture(AnyExperts& self, const py::object& hidden_states, const py::object
   self.capture(hidden.view(), ids.view(), weights.view(), view, memory, place.stream);
 }
 
-Stream stream_on(const AnyExperts& self, const py::object& stream) {
-  return stream_of(stream, py::none(), self.cuda_device());
+template <void (AnyExperts::*method)(Stream)>
+void on_stream(AnyExperts& self, const py::object& stream) {
+  const Stream native = stream_of(stream, py::none(), self.cuda_device());
+  const Unlocked unlocked;
+  (self.*method)(native);
 }
 
 }  // namespace
@@ -166,26 +169,13 @@ void bind_experts(py::module_& module) {
            "resize() the graph is not to be replayed.\n\n"
            "Raises:\n    RuntimeError: The layer's experts do not all stay, or load_all() was not "
            "called.\n    ValueError: A shape, dtype or device that does not fit.")
-      .def(
-          "begin_replays",
-          [](AnyExperts& self, const py::object& stream) {
-            const Stream native = stream_on(self, stream);
-            const Unlocked unlocked;
-            self.begin_replays(native);
-          },
-          py::kw_only(), py::arg("stream"),
-          "Before a pass whose graphs, replayed on `stream`, hold calls of any layers of the "
-          "scheduler: each of them once at most. Waits for those of the pass before.\n\n"
-          "Raises:\n    IndexError: One of those had an id out of range, and left it out.")
-      .def(
-          "end_replays",
-          [](AnyExperts& self, const py::object& stream) {
-            const Stream native = stream_on(self, stream);
-            const Unlocked unlocked;
-            self.end_replays(native);
-          },
-          py::kw_only(), py::arg("stream"),
-          "Behind the replays of the pass at hand, which are counted once they are over.")
+      .def("begin_replays", &on_stream<&AnyExperts::begin_replays>, py::kw_only(),
+           py::arg("stream"),
+           "Before a pass whose graphs, replayed on `stream`, hold calls of any layers of the "
+           "scheduler: each of them once at most. Waits for those of the pass before.\n\n"
+           "Raises:\n    IndexError: One of those had an id out of range, and left it out.")
+      .def("end_replays", &on_stream<&AnyExperts::end_replays>, py::kw_only(), py::arg("stream"),
+           "Behind the replays of the pass at hand, which are counted once they are over.")
       .def("set_threads", &AnyExperts::set_threads, py::arg("threads"), py::call_guard<Unlocked>(),
            "Threads that compute, of all layers of the scheduler.");
 }

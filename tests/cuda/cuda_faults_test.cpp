@@ -15,7 +15,7 @@ TEMPLATE_TEST_CASE("Whichever call of CUDA fails, the caller is told and all tha
                    "[cuda][.faults]", LruPolicy, LookAheadPolicy) {
   if (!gpu_found()) return;
   const Model model;
-  constexpr std::size_t all_pinned = std::size_t{1} << 30, some_pinned = 100'000;
+  constexpr std::size_t some_pinned = 100'000;
   OnGpu<TestType> whole(model, all_pinned, Budget::fraction(1));
   const std::vector<std::byte> expected = whole.pass();
   const HashTable routing = whole.scheduler->recorded();

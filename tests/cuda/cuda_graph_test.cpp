@@ -18,8 +18,6 @@ using namespace sida::test;
 
 namespace {
 
-constexpr std::size_t everything_pinned = std::size_t{1} << 30;
-
 MoeConfig config_of(DataType dtype, int top_k) {
   MoeConfig config = small_config(dtype);
   config.top_k = top_k;
@@ -112,8 +110,8 @@ TEST_CASE("Layers in a CUDA graph compute and count what the same calls without 
   Model model(config_of(dtype, top_k));
   std::vector<std::uint8_t> mask(tokens, 1);
   mask[0] = mask[7] = 0;
-  OnGpu<LruPolicy> engine(model, everything_pinned, Budget::fraction(1));
-  OnGpu<LruPolicy> eager(model, everything_pinned, Budget::fraction(1));
+  OnGpu<LruPolicy> engine(model, all_pinned, Budget::fraction(1));
+  OnGpu<LruPolicy> eager(model, all_pinned, Budget::fraction(1));
   LayersInGraph graph(engine);
   CHECK(engine.scheduler->stats().total.uses == 0);
   for (std::uint64_t pass = 0; pass < 5; ++pass) {
@@ -143,7 +141,7 @@ TEST_CASE("An expert id out of range in a CUDA graph touches no memory, and rais
           "[cuda][layer][graph]") {
   if (!gpu_found()) return;
   Model model;
-  OnGpu<LruPolicy> engine(model, everything_pinned, Budget::fraction(1));
+  OnGpu<LruPolicy> engine(model, all_pinned, Budget::fraction(1));
   LayersInGraph graph(engine);
   const std::vector<std::byte> expected = graph.pass();
   const double right = model.inputs[1].ids.at(3);
@@ -175,11 +173,11 @@ TEST_CASE("Only a layer all of whose experts stay goes into a CUDA graph", "[cud
                              {out.data(), input.hidden.type, input.hidden.shape}, out.data(),
                              static_cast<cudaStream_t>(nullptr));
   };
-  OnGpu<LruPolicy> few(model, everything_pinned, Budget::experts(2));
+  OnGpu<LruPolicy> few(model, all_pinned, Budget::experts(2));
   CHECK_FALSE(few.layers[0].may_be_captured());
   few.layers[0].load_all();
   CHECK_THROWS_AS(capture(few), StateError);
-  OnGpu<LruPolicy> all(model, everything_pinned, Budget::fraction(1));
+  OnGpu<LruPolicy> all(model, all_pinned, Budget::fraction(1));
   CHECK(all.layers[0].may_be_captured());
   CHECK_THROWS_AS(capture(all), StateError);  // none was brought
   all.layers[0].load_all();

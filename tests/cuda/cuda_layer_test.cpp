@@ -10,12 +10,6 @@
 using namespace sida;
 using namespace sida::test;
 
-namespace {
-
-constexpr std::size_t all_pinned = std::size_t{1} << 30;
-
-}  // namespace
-
 TEST_CASE("On the GPU a layer computes what its definition says", "[cuda][layer][racecheck]") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);

@@ -157,9 +157,9 @@ TEST_CASE("A layer that guesses gives the same bits and brings what the next rou
   const auto dtype = GENERATE(DataType::f32, DataType::bf16);
   const Model model(small_config(dtype));
   const auto experts = model.config.experts;
-  OnGpu<LookAheadPolicy> all(model, std::size_t{1} << 30, Budget::fraction(1));
+  OnGpu<LookAheadPolicy> all(model, all_pinned, Budget::fraction(1));
   const std::vector<std::byte> expected = all.pass();
-  OnGpu<LookAheadPolicy> engine(model, std::size_t{1} << 30, Budget::experts(9));
+  OnGpu<LookAheadPolicy> engine(model, all_pinned, Budget::experts(9));
   CHECK_THROWS_AS(engine.layers[0].forward_guessing({}, {}, {}, {}), StateError);
   CHECK_THROWS_AS(engine.layers[2].set_next_router({}), InvalidArgument);
   CHECK_THROWS_AS(engine.layers[0].set_next_router({}), InvalidArgument);

@@ -19,6 +19,9 @@
 
 namespace sida::test {
 
+/// Host memory that holds all experts of the models here.
+inline constexpr std::size_t all_pinned = std::size_t{1} << 30;
+
 /// A copy of a tensor on the GPU.
 struct OnDevice {
   explicit OnDevice(const Tensor& tensor) {

@@ -44,7 +44,6 @@ class DecoderAdapter(LayersAdapter):
         super().__init__(model)
         # By layer, of the router that was there and its class.
         self._choices: dict[int, tuple[nn.Module, type[nn.Module], ChoiceForm | None]] = {}
-        self._linear: dict[int, LinearRouter] = {}
 
     def find_predictable(self) -> list[int]:
         """Return the layers whose routing can be foretold: all of them, or none."""
@@ -70,12 +69,9 @@ class DecoderAdapter(LayersAdapter):
         if not isinstance(router, nn.Module) or router.training:
             return None
         form = self._choice_form(layer, router, hidden)
-        if form is None:
-            return None
-        known = self._linear.get(layer)
-        if known is None or not known.is_of(router):
-            known = self._linear[layer] = form.linear(router)
-        return known
+        return (
+            None if form is None else self.keep_linear(layer, router, lambda: form.linear(router))
+        )
 
     def _choice_form(self, layer: int, router: nn.Module, hidden: Tensor) -> ChoiceForm | None:
         known, kind, form = self._choices.get(layer, (None, None, None))

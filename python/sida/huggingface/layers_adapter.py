@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ class LayersAdapter(ABC):
         self._layers: list[Any] = []
         self._children: list[str] = []
         self._own_experts: dict[int, nn.Module] = {}
+        self._linear: dict[int, LinearRouter] = {}
 
     def add_layer(self, name: str, layer: nn.Module, child: str) -> None:
         """Note a MoE layer.
@@ -116,6 +117,15 @@ class LayersAdapter(ABC):
     def linear_router(self, layer: int, hidden: Tensor) -> LinearRouter | None:
         """Return None: no router is known to be a linear map."""
         return None
+
+    def keep_linear(
+        self, layer: int, router: nn.Module, make: Callable[[], LinearRouter]
+    ) -> LinearRouter:
+        """Return what `make` gave of a layer's router, made anew where its weights are others."""
+        known = self._linear.get(layer)
+        if known is None or not known.is_of(router):
+            known = self._linear[layer] = make()
+        return known
 
     # What predictors ask for.
 

@@ -125,7 +125,6 @@ class SwitchAdapter(LayersAdapter):
         self.num_experts = int(self._layers[0].router.num_experts)
         self.top_k = 1
         self._logits: dict[int, Tensor] = {}
-        self._linear: dict[int, LinearRouter] = {}
 
     # What offloading asks for.
 
@@ -205,10 +204,9 @@ class SwitchAdapter(LayersAdapter):
         router = self._layers[layer].router
         if router.training or type(router.classifier) is not nn.Linear:
             return None
-        known = self._linear.get(layer)
-        if known is None or not known.is_of(router):
-            known = self._linear[layer] = LinearRouter.of(router, router.classifier, None, 1)
-        return known
+        return self.keep_linear(
+            layer, router, lambda: LinearRouter.of(router, router.classifier, None, 1)
+        )
 
     def stand_in(self, layer: int) -> SwitchExperts:
         """Return what stands for the experts of every layer."""

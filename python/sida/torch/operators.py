@@ -113,35 +113,31 @@ def _operator(
     return declare
 
 
-def _begun(order: Tensor, *read: Tensor | None) -> Tensor:
-    for tensor in read:
+def _begun(
+    order: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, *arguments: Any
+) -> Tensor:
+    for tensor in (input_ids, inputs_embeds):
         if tensor is not None:
             return tensor.clone(memory_format=torch.contiguous_format)
     return order.new_empty(0)
-
-
-def _copy(
-    order: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, *arguments: Any
-) -> Tensor:
-    return _begun(order, input_ids, inputs_embeds)
 
 
 def _nothing(order: Tensor, *arguments: Any) -> None:
     return None
 
 
-def _rows(order: Tensor, hidden_states: Tensor, *arguments: Any) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape)
-
-
 def _like(hidden_states: Tensor, *arguments: Any) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
+
+
+def _rows(order: Tensor, hidden_states: Tensor, *arguments: Any) -> Tensor:
+    return _like(hidden_states)
 
 
 @_operator(
     "begin_pass(Tensor(a!) order, Tensor? input_ids, Tensor? inputs_embeds, "
     "Tensor? attention_mask, int handle, int stack, str arrangement) -> Tensor",
-    _copy,
+    _begun,
     UNSAFE,
 )
 def begin_pass(

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "guess.hpp"
 
-#include <algorithm>
-#include <limits>
 #include <stdexcept>
 
 #include "element.cuh"
 #include "launch.cuh"
+#include "splits.hpp"
 #include "warp.cuh"
 
 namespace sida::cuda {
@@ -131,7 +130,7 @@ void guess_choices(Dtype dtype, int tokens, int hidden_size, const void* hidden,
   if (tokens < 1 || tokens > most_guessing_tokens || router.experts < 1 ||
       router.experts > max_experts || router.top_k < 1 || router.top_k > max_top_k)
     throw std::invalid_argument("guess kernel: tokens, experts or top_k out of range");
-  const auto blocks = static_cast<unsigned>((router.experts + warps - 1) / warps);
+  const auto blocks = static_cast<unsigned>(parts_of(router.experts, warps));
   with_element(dtype, [&](auto element) {
     using Element = decltype(element);
     const auto go = [&](auto kernel) {
