@@ -331,6 +331,22 @@ TEST_CASE("every kernel is within its dtype's limit of the definition in f64") {
   CHECK(error_of(config, random_input(config, tokens, 17), kernel) < tolerance(dtype));
 }
 
+TEST_CASE("products of more tiles than blocks are right, each time that a plan is computed") {
+  if (!gpu_found()) return;
+  const auto kernel = GENERATE(cuda::Kernel::grouped, cuda::Kernel::swapped, cuda::Kernel::hopper);
+  const MoeConfig config = config_of(DataType::bf16, 40, 2, 264, 120, true, Activation::silu, true);
+  const Input input = random_input(config, 6000, 51);
+  const auto slabs = random_slabs(config, 8);
+  GpuLayer layer(config, slabs, kernel);
+  const Tensor out = layer.run(input);
+  const Matrix expected = reference_layer(config, slabs, input.hidden, input.ids, input.weights);
+  CAPTURE(static_cast<int>(kernel));
+  CHECK(relative_error(matrix(out.bytes.data(), out.type, expected.rows(), expected.cols()),
+                       expected) < tolerance(DataType::bf16));
+  CHECK(layer.run(input).bytes == out.bytes);
+  CHECK(layer.run(input, 2).bytes == out.bytes);
+}
+
 TEST_CASE("activations that are clamped are their definitions, past the limit too") {
   if (!gpu_found()) return;
   const auto dtype = GENERATE(DataType::f32, DataType::f16, DataType::bf16);

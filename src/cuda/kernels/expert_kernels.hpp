@@ -67,6 +67,7 @@ struct Plan {
   std::int32_t* order;         ///< [T * k] row -> assignment, ascending within an expert
   std::int32_t* row_of;        ///< [T * k] assignment -> row, or -1 if left out
   std::int32_t* group_rows;    ///< [T * k] assignment -> rows of its expert
+  std::int32_t* taken_tiles;   ///< [2] zeros, but while a product is computed
   std::int32_t* counts;        ///< [E] scratch of make_plan()
   std::int32_t* chunks;        ///< scratch of make_plan(), last of the plan
 };

@@ -30,22 +30,24 @@ __global__ void __launch_bounds__(grouped_threads) grouped_kernel(Product produc
   using Task = ExpertProduct<Element, phase>;
   constexpr int outputs_each = Task::gated ? tile_outputs / 2 : tile_outputs;
   extern __shared__ __align__(128) std::byte memory[];
-  __shared__ int first_tile[max_experts + 1];
   wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int outputs = Task::down ? product.shape.hidden : product.shape.intermediate;
   const int depth = Task::down ? product.shape.intermediate : product.shape.hidden;
-  const int output_tiles = (outputs + outputs_each - 1) / outputs_each;
-  if (warp == 0) TileSchedule::count(product, tile_rows, output_tiles, first_tile);
+  using Schedule = TileSchedule<tile_rows, outputs_each, false>;
+  __shared__ typename Schedule::Table table;
+  if (warp == 0) Schedule::count(product, outputs, table);
   __syncthreads();
   let_next_start();
-  TileSchedule schedule(product, first_tile, output_tiles);
+  Schedule schedule(product, outputs, table);
+  Rounds rounds(schedule.sets());
   const int steps = (depth + tile_depth - 1) / tile_depth;
   const int piece = thread % 8, copied = thread / 8;
   const int warp_row = warp % 2 * 64, warp_column = warp / 2 * (Task::gated ? 16 : 32);
   const unsigned base = shared_address(memory);
 
-  for (Tile tile; schedule.next<tile_rows, outputs_each>(tile);) {
+  for (int number; rounds.next(number);) {
+    const Tile tile = schedule.at(number);
     const Task task{product, product.slabs.arena + tile.slot * product.slabs.stride, tile.expert};
     int rows[tile_rows / copied_rows], weights[tile_outputs / copied_rows];
 #pragma unroll

@@ -14,6 +14,8 @@ constexpr int rows_bytes = tile_rows * tile_depth * 2,
               outputs_bytes = tile_outputs * tile_depth * 2;
 constexpr int box_rows = 16;
 constexpr int copying_threads = 128, multiplying_warps = 8;
+// One warp brings weights, so that those of the next tile do not wait for its tokens' rows.
+constexpr int gathering_threads = copying_threads - 32, gathered_rows = gathering_threads / 8;
 constexpr int swapped_threads = copying_threads + multiplying_warps * 32;
 
 /// A block's dynamic shared memory, behind padding to 1024 bytes.
@@ -136,7 +138,6 @@ __global__ void __launch_bounds__(swapped_threads, 1)
   constexpr bool gathers = !Task::down;
   constexpr int outputs_each = Task::gated ? tile_outputs / 2 : tile_outputs;
   extern __shared__ std::byte memory[];
-  __shared__ int first_tile[max_experts + 1];
   Ring& ring = *reinterpret_cast<Ring*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
@@ -145,37 +146,42 @@ __global__ void __launch_bounds__(swapped_threads, 1)
   if constexpr (gathers) wait_for_previous();
   const int outputs = Task::down ? product.shape.hidden : product.shape.intermediate;
   const int depth = Task::down ? product.shape.intermediate : product.shape.hidden;
-  const int output_tiles = (outputs + outputs_each - 1) / outputs_each;
-  if (warp == 0) TileSchedule::count(product, tile_rows, output_tiles, first_tile);
+  using Schedule = TileSchedule<tile_rows, outputs_each, true>;
+  __shared__ typename Schedule::Table table;
+  if (warp == 0) Schedule::count(product, outputs, table);
   if (thread == 32) {
     for (int s = 0; s < stages; ++s) {
-      hopper::init_barrier(&ring.full[s], gathers ? copying_threads + 1 : 2);
+      hopper::init_barrier(&ring.full[s], gathers ? gathering_threads + 1 : 2);
       hopper::init_barrier(&ring.empty[s], multiplying_warps);
     }
     hopper::fence_shared();
   }
   __syncthreads();
   let_next_start();
-  TileSchedule schedule(product, first_tile, output_tiles);
+  Schedule schedule(product, outputs, table);
+  Rounds rounds(schedule.sets());
   const int steps = (depth + tile_depth - 1) / tile_depth;
   Turn turn;
 
   if (thread < copying_threads) {
     hopper::give_registers<104>();
-    const bool copies_weights = thread == 0, copies_rows = gathers || thread == 32;
+    const bool copies_weights = thread == 0, copies_rows = gathers ? thread >= 32 : thread == 32;
     if constexpr (!gathers)
       if (!copies_weights) wait_for_previous();
     if (copies_weights || copies_rows)
-      for (Tile tile; schedule.next<tile_rows, outputs_each>(tile);) {
+      for (int number; rounds.next(number);) {
+        const Tile tile = schedule.at(number);
         const Task task{product, nullptr, tile.expert};
         const int rows = min(tile.expert.rows - tile.row, tile_rows);
         const std::uint64_t policy = hopper::kept(tile.expert.rows <= tile_rows);
-        const int chunk = thread % 8, lane_row = thread / 8;
-        int sources[tile_rows / 16];
-        if constexpr (gathers)
+        const int chunk = thread % 8, lane_row = thread / 8 - 4;
+        constexpr int most_rows = parts_of(tile_rows, gathered_rows);
+        int sources[most_rows];
+        if (gathers && copies_rows)
 #pragma unroll
-          for (int i = 0; i < tile_rows / 16; ++i)
-            sources[i] = task.input_row(min(tile.row + lane_row + 16 * i, tile.expert.rows - 1));
+          for (int i = 0; i < most_rows; ++i)
+            sources[i] =
+                task.input_row(min(tile.row + lane_row + gathered_rows * i, tile.expert.rows - 1));
         for (int step = 0; step < steps; ++step, turn.next()) {
           hopper::wait(&ring.empty[turn.stage], turn.parity ^ 1);
           std::uint64_t* const full = &ring.full[turn.stage];
@@ -189,17 +195,17 @@ __global__ void __launch_bounds__(swapped_threads, 1)
               hopper::copy_tile(ring.outputs[turn.stage], weights, k, tile.output, tile.slot, full,
                                 policy);
           }
-          if constexpr (gathers) {
-            const unsigned to = shared_address(ring.rows[turn.stage]) + lane_row * 128 +
-                                (chunk ^ (lane_row % 8)) * 16;
+          if (gathers && copies_rows) {
             const int at = k + chunk * 8;
             const bool inside = at < depth;
             const Element* const from = static_cast<const Element*>(product.in) + (inside ? at : 0);
 #pragma unroll
-            for (int i = 0; i < tile_rows / 16; ++i)
-              if (lane_row + 16 * i < rows)
-                copy_16(to + i * 16 * 128, from + static_cast<std::size_t>(sources[i]) * depth,
-                        inside);
+            for (int i = 0; i < most_rows; ++i) {
+              const int row = lane_row + gathered_rows * i;
+              if (row < rows)
+                copy_16(shared_address(ring.rows[turn.stage]) + row * 128 + (chunk ^ row % 8) * 16,
+                        from + static_cast<std::size_t>(sources[i]) * depth, inside);
+            }
             hopper::arrive_after_copies(full);
           } else if (copies_rows) {
             constexpr int box_bytes = box_rows * tile_depth * 2;
@@ -217,7 +223,8 @@ __global__ void __launch_bounds__(swapped_threads, 1)
     hopper::take_registers<200>();
     if constexpr (!gathers) wait_for_previous();
     const int group = thread / copying_threads - 1;
-    for (Tile tile; schedule.next<tile_rows, outputs_each>(tile);) {
+    for (int number; rounds.next(number);) {
+      const Tile tile = schedule.at(number);
       const Task task{product, product.slabs.arena + tile.slot * product.slabs.stride, tile.expert};
       multiply_tile<Task, Element>(task, ring, turn, steps, group, tile);
     }

@@ -46,6 +46,50 @@ __device__ inline void wait(std::uint64_t* barrier, unsigned parity) {
       : "memory");
 }
 
+/// The number of this block in its cluster.
+__device__ inline unsigned rank_in_cluster() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+/// Where `pointer`'s place is in the shared memory of the cluster's block `rank`.
+__device__ inline unsigned address_in(unsigned rank, const void* pointer) {
+  unsigned address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+/// Arrives at the barrier of the cluster's block `rank`. What it stored before is not for that
+/// block to read: a release to a cluster takes as long as one to the whole device.
+__device__ inline void arrive_in(unsigned rank, std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(rank, barrier))
+               : "memory");
+}
+
+/// Stores to the place of `to` in the cluster's block `rank`, whose barrier expects 4 bytes for it.
+__device__ inline void store_in(unsigned rank, int* to, int value, std::uint64_t* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(
+                   address_in(rank, to)),
+               "r"(value), "r"(address_in(rank, barrier))
+               : "memory");
+}
+
+/// Waits until all threads of the cluster are here; what they wrote is not for others to read.
+__device__ inline void meet_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
+          : "memory");
+}
+
+/// Lets the cluster and copies see barriers that were initialised.
+__device__ inline void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 __device__ inline void copy_tile(void* to, const CUtensorMap& map, int column, int row,
                                  std::uint64_t* barrier) {
   asm volatile(
@@ -61,6 +105,17 @@ __device__ inline void copy_tile(void* to, const CUtensorMap& map, int column, i
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
       "%3, %4}], [%5];" ::"r"(shared_address(to)),
       "l"(&map), "r"(column), "r"(row), "r"(slot), "r"(shared_address(barrier))
+      : "memory");
+}
+
+/// The same into the first two blocks of the cluster; each one's barrier is told.
+__device__ inline void copy_tile_to_both(void* to, const CUtensorMap& map, int column, int row,
+                                         int slot, std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(slot), "r"(shared_address(barrier)),
+      "h"(static_cast<unsigned short>(3))
       : "memory");
 }
 

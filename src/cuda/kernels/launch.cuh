@@ -7,22 +7,33 @@
 
 namespace sida::cuda {
 
-/// Enqueues a kernel with `shared` bytes of dynamic shared memory that calls wait_for_previous()
-/// before it touches what earlier kernels write.
+/// Enqueues a kernel with `shared` bytes of dynamic shared memory, in clusters of `cluster` blocks,
+/// that calls wait_for_previous() before it touches what earlier kernels write.
 template <class... Parameters, class... Arguments>
-void launch_shared(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(const char* what, void (*kernel)(Parameters...), unsigned cluster, dim3 grid,
+                     dim3 block, std::size_t shared, cudaStream_t stream,
+                     const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = compute_capability() >= 9 ? 1 : 0;  // later ones may be set up early
+  config.attrs = attributes;
+  // Later ones may be set up early.
+  config.numAttrs = compute_capability() < 9 ? 0 : cluster == 1 ? 1 : 2;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+}
+
+/// The same without clusters.
+template <class... Parameters, class... Arguments>
+void launch_shared(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {
+  launch_clusters(what, kernel, 1, grid, block, shared, stream, arguments...);
 }
 
 /// The same without dynamic shared memory.

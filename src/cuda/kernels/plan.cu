@@ -51,6 +51,7 @@ __device__ void scan(const int* counts, int experts, const Plan& plan, int* next
     active_before += __popc(active);
   }
   if (lane == 0) *plan.active_count = active_before;
+  if (lane < 2) plan.taken_tiles[lane] = 0;
 }
 
 /// Places assignments [begin, end) by one block. Rows are placed in the order of assignments: chunk
@@ -135,6 +136,7 @@ __global__ void __launch_bounds__(32)
     take(shape, taken, a, mine);
   }
   plan_few(shape, mine, plan);
+  if (a < 2) plan.taken_tiles[a] = 0;
 }
 
 /// Of many assignments, one block counts `chunk`: into plan.chunks [blocks, E + 1], ids out of
@@ -235,6 +237,7 @@ Plan plan_at(const LayerShape& shape, std::byte* memory) {
   plan.order = part(assignments);
   plan.row_of = part(assignments);
   plan.group_rows = part(assignments);
+  plan.taken_tiles = part(2);
   plan.chunks = part(chunk_counts(shape));
   return plan;
 }
@@ -243,7 +246,7 @@ std::size_t plan_bytes(const LayerShape& shape) {
   const auto assignments = static_cast<std::size_t>(assignments_of(shape));
   const auto experts = static_cast<std::size_t>(shape.experts);
   return aligned(16 * experts) + 2 * aligned(4) + aligned(4 * experts) +
-         3 * aligned(4 * assignments) + aligned(4 * chunk_counts(shape));
+         3 * aligned(4 * assignments) + aligned(8) + aligned(4 * chunk_counts(shape));
 }
 
 void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,

@@ -40,8 +40,12 @@ struct ExpertProduct {
            static_cast<std::size_t>(input_row(row)) * depth();
   }
 
+  __device__ bool has_bias() const {
+    return down ? product.shape.down_bias : product.shape.up_bias;
+  }
+
   __device__ float bias(int index) const {
-    if (!(down ? product.shape.down_bias : product.shape.up_bias)) return 0.0f;
+    if (!has_bias()) return 0.0f;
     const std::byte* part =
         slab + (down ? product.slabs.down_bias_offset : product.slabs.up_bias_offset);
     return to_float(reinterpret_cast<const Element*>(part)[index]);

@@ -8,76 +8,120 @@ namespace sida::cuda {
 /// Tiles of rows whose outputs are computed side by side, so that they meet in L2.
 constexpr int neighbour_tiles = 16;
 
-/// A tile of one expert's product: its rows from `row` on, outputs from `output` on.
+/// A tile of one expert's product: its rows from `row` on, none where they are past its last,
+/// outputs from `output` on. `shared`: the cluster's other block has other rows and the same
+/// outputs.
 struct Tile {
   ActiveExpert expert;
   int slot, row, output;
+  bool shared;
 };
 
-/// The tiles of all experts of a product, numbered through and shared among blocks that stay.
+/// An expert that is present, as a schedule keeps it.
+struct ScheduledExpert {
+  ActiveExpert expert;
+  int slot;
+};
+
+/// What a block knows of a product's sets of tiles, in shared memory: the first set of each expert,
+/// and, if it `keeps` them, the experts, so that the next tile needs no loads that are waited for.
+template <bool keeps>
+struct ScheduleTable {
+  int first_set[max_experts + 1];
+  ScheduledExpert experts[keeps ? max_experts : 1];
+};
+
+/// The tiles of all experts of a product in sets, one tile for each of the `blocks` (1 or 2) of a
+/// cluster, numbered through. Two blocks have neighbouring rows and the same outputs, or
+/// neighbouring outputs where rows for one tile are left.
+template <int tile_rows, int tile_outputs, bool keeps, int blocks = 1>
 class TileSchedule {
  public:
-  /// Counts each present expert's tiles into `first_tile` [max_experts + 1], shared memory; by one
-  /// warp, before a barrier of the block.
-  static __device__ void count(const Product& product, int tile_rows, int output_tiles,
-                               int* first_tile) {
+  using Table = ScheduleTable<keeps>;
+
+  /// Counts each present expert's sets; by one warp, before a barrier of the block.
+  static __device__ void count(const Product& product, int outputs, Table& table) {
     const int lane = static_cast<int>(threadIdx.x % 32), active = *product.plan.active_count;
+    const int output_tiles = parts_of(outputs, tile_outputs);
     int before = 0;
     for (int first = 0; first < active; first += 32) {
-      int tiles = 0;
+      int sets = 0;
       if (first + lane < active) {
         const ActiveExpert expert = product.plan.active[first + lane];
-        if (product.slabs.slot_of[expert.expert] >= 0)
-          tiles = (expert.rows + tile_rows - 1) / tile_rows * output_tiles;
+        const int row_tiles = parts_of(expert.rows, tile_rows);
+        const int slot = product.slabs.slot_of[expert.expert];
+        if constexpr (keeps) table.experts[first + lane] = {expert, slot};
+        if (slot >= 0)
+          sets = row_tiles / blocks * output_tiles +
+                 parts_of(row_tiles % blocks * output_tiles, blocks);
       }
-      int sum = tiles;
+      int sum = sets;
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(~0u, sum, distance);
         if (lane >= distance) sum += other;
       }
-      if (first + lane < active) first_tile[first + lane] = before + sum - tiles;
+      if (first + lane < active) table.first_set[first + lane] = before + sum - sets;
       before += __shfl_sync(~0u, sum, 31);
     }
-    if (lane == 0) first_tile[active] = before;
+    if (lane == 0) table.first_set[active] = before;
   }
 
-  __device__ TileSchedule(const Product& product, const int* first_tile, int output_tiles)
+  __device__ TileSchedule(const Product& product, int outputs, const Table& table)
       : product_(product),
-        first_tile_(first_tile),
-        output_tiles_(output_tiles),
-        tiles_(first_tile[*product.plan.active_count]) {}
+        table_(table),
+        output_tiles_(parts_of(outputs, tile_outputs)),
+        sets_(table.first_set[*product.plan.active_count]) {}
 
-  /// The block's next tile, if there is one. In each round every block takes one of as many tiles
-  /// as there are blocks, each time the one behind that of the round before: the last tile of an
-  /// expert has few rows, and would else be the same block's for one expert after the other.
-  template <int tile_rows, int tile_outputs>
-  __device__ bool next(Tile& tile) {
-    const int blocks = static_cast<int>(gridDim.x), first = round_ * blocks;
-    const int number = first + (static_cast<int>(blockIdx.x) + round_) % blocks;
-    ++round_;
-    if (number >= tiles_) return false;
-    tile = at<tile_rows, tile_outputs>(number);
-    return true;
+  /// How many sets there are.
+  __device__ int sets() const { return sets_; }
+
+  /// The tile of set `number`, not below that of the call before, that is block `rank`'s.
+  __device__ Tile at(int number, int rank = 0) {
+    while (number >= table_.first_set[active_ + 1]) ++active_;
+    const int local = number - table_.first_set[active_];
+    const auto [expert, slot] = expert_at(active_);
+    const int row_tiles = parts_of(expert.rows, tile_rows), row_sets = row_tiles / blocks;
+    if (local >= row_sets * output_tiles_) {
+      const int output = (local - row_sets * output_tiles_) * blocks + rank;
+      const bool any = output < output_tiles_;
+      return {expert, slot, (row_tiles - any) * tile_rows, any ? output * tile_outputs : 0, false};
+    }
+    constexpr int neighbours = neighbour_tiles / blocks;
+    const int group = local / (neighbours * output_tiles_);
+    const int inside = local % (neighbours * output_tiles_);
+    const int wide = min(neighbours, row_sets - group * neighbours);
+    return {expert, slot, ((group * neighbours + inside % wide) * blocks + rank) * tile_rows,
+            inside / wide * tile_outputs, blocks > 1};
   }
 
  private:
-  /// Tile `number`, not below that of the call before.
-  template <int tile_rows, int tile_outputs>
-  __device__ Tile at(int number) {
-    while (number >= first_tile_[active_ + 1]) ++active_;
-    const int local = number - first_tile_[active_];
-    const int row_tiles = (first_tile_[active_ + 1] - first_tile_[active_]) / output_tiles_;
-    const int group = local / (neighbour_tiles * output_tiles_);
-    const int inside = local % (neighbour_tiles * output_tiles_);
-    const int wide = min(neighbour_tiles, row_tiles - group * neighbour_tiles);
-    const ActiveExpert expert = product_.plan.active[active_];
-    return {expert, product_.slabs.slot_of[expert.expert],
-            (group * neighbour_tiles + inside % wide) * tile_rows, inside / wide * tile_outputs};
+  __device__ ScheduledExpert expert_at(int index) const {
+    if constexpr (keeps) return table_.experts[index];
+    const ActiveExpert expert = product_.plan.active[index];
+    return {expert, product_.slabs.slot_of[expert.expert]};
   }
 
   const Product& product_;
-  const int* first_tile_;
-  int output_tiles_, tiles_, active_ = 0, round_ = 0;
+  const Table& table_;
+  int output_tiles_, sets_, active_ = 0;
+};
+
+/// The numbers of a block's tiles, of `count`: in each round every block takes one of as many as
+/// there are blocks, each time the one behind that of the round before. The last tile of an expert
+/// has few rows, and would else be the same block's for one expert after the other.
+class Rounds {
+ public:
+  __device__ explicit Rounds(int count) : count_(count) {}
+
+  __device__ bool next(int& number) {
+    const int blocks = static_cast<int>(gridDim.x);
+    number = round_ * blocks + (static_cast<int>(blockIdx.x) + round_) % blocks;
+    ++round_;
+    return number < count_;
+  }
+
+ private:
+  int count_, round_ = 0;
 };
 
 }  // namespace sida::cuda
