@@ -30,9 +30,9 @@ constexpr std::size_t stages_bytes = sizeof(Stages) + 1024;
 /// A block computes tiles of 128 rows x 256 weight rows (with a gate: 128 of the gate's and the 128
 /// beside them). One warpgroup brings both operands into a ring of four stages: weights as tensor
 /// copies over all slots, activations likewise, tokens row by row where the plan says. The other
-/// two multiply 64 rows each, one of them resting where a tile has no more than 64. L2 gives less
-/// than tensor cores take; so the two blocks of a cluster, which multiply the same weights, bring
-/// half of them each and copy it to both.
+/// two multiply 64 rows each, one of them resting where a tile has no more than 64. The two blocks
+/// of a cluster, where they multiply the same weights, bring half of them each and copy it to both,
+/// which takes a third of the load from L2.
 template <class Element, Phase phase>
 __global__ void __launch_bounds__(hopper_threads, 1)
     hopper_kernel(const __grid_constant__ Product product,
