@@ -150,6 +150,41 @@ def _layers(found: Mapping[str, Any]) -> str:
     return table((*head, *(f"× {peer}" for peer in peers)), rows)
 
 
+LAYER_TARGETS = {  # times as fast as Triton, uniform routing, bfloat16; LEAST everywhere else
+    "switch-128": {1: 1.8, 64: 1.06, 1024: 1.0, 16384: 1.3},
+    "qwen3-30b": {1: 1.28, 64: 1.02, 1024: 1.18, 4096: 1.3, 16384: 1.18},
+    "mixtral": {1: 1.03, 64: 1.0, 1024: 1.18, 16384: 1.1},
+}
+LEAST = {"triton": 0.95, "grouped_mm": 1.0, "cublas_loop": 1.0}
+"""How fast a layer is to be beside each peer, at least, as ratios."""
+
+
+@needs("cuda_expert_layer")
+def gpu_layer_targets(results: Results) -> str:
+    """What one layer is to reach beside its peers, and whether it does."""
+    named, worst = [], dict[str, tuple[float, str]]()
+    for row in results["cuda_expert_layer"]["rows"]:
+        times = row["median_us"]
+        case = f"{row['shape']}, {row['dtype']}, {row['routing']}, {row['tokens']} tokens"
+        ratios = {peer: times[peer] / times["sida tuned"] for peer in LEAST if peer in times}
+        worst |= {
+            peer: min(worst.get(peer, (ratio, case)), (ratio, case))
+            for peer, ratio in ratios.items()
+        }
+        wanted = LAYER_TARGETS[row["shape"]].get(row["tokens"])
+        if wanted and row["routing"] == "uniform" and "triton" in ratios:
+            named.append(_layer_target(f"{case}, × Triton", ratios["triton"], wanted))
+    least = [
+        _layer_target(f"the least of all × {peer}: {case}", ratio, LEAST[peer])
+        for peer, (ratio, case) in worst.items()
+    ]
+    return targets_table([*named, *least])
+
+
+def _layer_target(what: str, ratio: float, least: float) -> dict[str, Any]:
+    return {"what": what, "figure": ratio, "at_least": least, "met": ratio >= least}
+
+
 @needs("cuda_link")
 def gpu_link(results: Results) -> str:
     """Rates of copies, and what a demand waits behind prefetches."""
@@ -305,6 +340,7 @@ BLOCKS = {
         gpu_encoder,
         gpu_fewer,
         gpu_layers,
+        gpu_layer_targets,
         gpu_origins,
         gpu_link,
         gpu_call,
