@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "expert_kernels.hpp"
+#include "pinned_parts.hpp"
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/core/error.hpp"
 #include "sida/ffn/routed_call.hpp"
@@ -37,7 +38,7 @@ class RoutingLog {
   /// A call's place in the log.
   class Entry {
    public:
-    std::int32_t* ids() const { return reinterpret_cast<std::int32_t*>(memory_.data()); }
+    std::int32_t* ids() const { return ids_; }
     float* weights() const { return reinterpret_cast<float*>(ids() + assignments_); }
     /// To be read when the GPU has written them.
     RoutedTokens routed() const {
@@ -48,17 +49,19 @@ class RoutingLog {
 
    private:
     friend RoutingLog;
-    PinnedBuffer memory_;
+    std::int32_t* ids_ = nullptr;
     CudaBackend::Event done_;
     std::int64_t tokens_ = 0;
     std::int32_t top_k_ = 1;
     std::size_t assignments_ = 0;
     std::vector<std::uint8_t> mask_;
     Account account_;
+    bool has_memory_ = false;
     bool is_pending_ = false;
   };
 
-  RoutingLog(CudaBackend& backend, std::int32_t experts) : backend_(backend), experts_(experts) {}
+  RoutingLog(CudaBackend& backend, std::int32_t experts)
+      : backend_(backend), experts_(experts), memory_(backend) {}
   RoutingLog(const RoutingLog&) = delete;
   RoutingLog& operator=(const RoutingLog&) = delete;
   ~RoutingLog() {
@@ -77,22 +80,18 @@ class RoutingLog {
     const std::lock_guard lock(mutex_);
     while (entries_[oldest_].is_pending_ && backend_.is_complete(entries_[oldest_].done_))
       settle_oldest();
-    if (entries_[next_].is_pending_) {  // all are: the oldest is the next
-      backend_.synchronize(entries_[next_].done_);
-      settle_oldest();
-    }
+    if (entries_[next_].is_pending_) wait_for_oldest();  // all are: the oldest is the next
     Entry& entry = entries_[next_];
     entry.tokens_ = tokens;
     entry.top_k_ = top_k;
     entry.assignments_ = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
     entry.mask_.assign(mask.begin(), mask.end());
     entry.account_ = std::move(account);
-    const std::size_t bytes = 2 * entry.assignments_ * sizeof(float);
-    if (entry.memory_.size() < bytes) {
-      entry.memory_ = {};
-      entry.memory_ = PinnedBuffer(backend_, std::max<std::size_t>(2 * bytes, 4096));
-    }
     if (!entry.done_.native()) entry.done_ = backend_.make_event();
+    if (std::exchange(entry.has_memory_, false)) memory_.give_back_last();  // of a call without end
+    entry.ids_ = reinterpret_cast<std::int32_t*>(
+        memory_.take(2 * entry.assignments_ * sizeof(float), [this] { wait_for_oldest(); }));
+    entry.has_memory_ = true;
     return entry;
   }
 
@@ -115,10 +114,7 @@ class RoutingLog {
   /// Waits for all calls that were committed, and accounts for them. @throws as begin().
   void settle() {
     const std::lock_guard lock(mutex_);
-    while (entries_[oldest_].is_pending_) {
-      backend_.synchronize(entries_[oldest_].done_);
-      settle_oldest();
-    }
+    while (entries_[oldest_].is_pending_) wait_for_oldest();
   }
 
   /// @throws OutOfRange naming the first id that is no expert's.
@@ -127,10 +123,16 @@ class RoutingLog {
   }
 
  private:
+  void wait_for_oldest() {
+    backend_.synchronize(entries_[oldest_].done_);
+    settle_oldest();
+  }
   void settle_oldest() {
     Entry& entry = entries_[oldest_];
     oldest_ = (oldest_ + 1) % entries_.size();
     entry.is_pending_ = false;
+    entry.has_memory_ = false;
+    memory_.give_back_first();  // nothing takes it before the account has read it
     const Account account = std::exchange(entry.account_, nullptr);
     if (!account) return;
     expect_experts(entry);
@@ -141,6 +143,7 @@ class RoutingLog {
   CudaBackend& backend_;
   std::int32_t experts_;
   std::mutex mutex_;
+  PinnedParts memory_;
   std::array<Entry, 32> entries_;
   std::size_t next_ = 0, oldest_ = 0;
 };
