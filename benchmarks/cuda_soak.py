@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,10 @@ def next_seed(runs: list[dict[str, Any]]) -> int:
 
 
 def made_on() -> dict[str, str]:
-    """Say which GPU, driver, compiler and commit a run is of."""
+    """Say which GPU, driver, compiler and commit a run is of; SIDA_COMMIT names that of a copy."""
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     device, _, driver = _said(asked).splitlines()[0].partition(", ")
-    commit = _said(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    commit = os.environ.get("SIDA_COMMIT") or _said(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     toolkit = _said(["nvcc", "--version"]).splitlines()[-1]
     return {"device": device, "driver": driver, "commit": commit, "toolkit": toolkit}
 
