@@ -37,19 +37,20 @@ def next_seed(runs: list[dict[str, Any]]) -> int:
 
 
 def made_on() -> dict[str, str]:
-    """Say which GPU, driver, compiler and commit a run is of; SIDA_COMMIT names that of a copy."""
+    """Say which GPU, driver, compiler and commit a run is of; without git SIDA_COMMIT names it."""
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     device, _, driver = _said(asked).splitlines()[0].partition(", ")
-    commit = os.environ.get("SIDA_COMMIT") or _said(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = _said(head, os.environ.get("SIDA_COMMIT", "unknown"))
     toolkit = _said(["nvcc", "--version"]).splitlines()[-1]
     return {"device": device, "driver": driver, "commit": commit, "toolkit": toolkit}
 
 
-def _said(command: list[str]) -> str:
+def _said(command: list[str], otherwise: str = "unknown") -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return otherwise
     return done.stdout.strip()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness import target
 from report_tables import milliseconds, needs, number, table, targets_table
 
 Results = Mapping[str, Any]
@@ -173,16 +174,12 @@ def gpu_layer_targets(results: Results) -> str:
         }
         wanted = LAYER_TARGETS[row["shape"]].get(row["tokens"])
         if wanted and row["routing"] == "uniform" and "triton" in ratios:
-            named.append(_layer_target(f"{case}, × Triton", ratios["triton"], wanted))
+            named.append(target(f"{case}, × Triton", ratios["triton"], at_least=wanted))
     least = [
-        _layer_target(f"the least of all × {peer}: {case}", ratio, LEAST[peer])
+        target(f"the least of all × {peer}: {case}", ratio, at_least=LEAST[peer])
         for peer, (ratio, case) in worst.items()
     ]
     return targets_table([*named, *least])
-
-
-def _layer_target(what: str, ratio: float, least: float) -> dict[str, Any]:
-    return {"what": what, "figure": ratio, "at_least": least, "met": ratio >= least}
 
 
 @needs("cuda_link")

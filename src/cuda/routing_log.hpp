@@ -56,7 +56,6 @@ class RoutingLog {
     std::size_t assignments_ = 0;
     std::vector<std::uint8_t> mask_;
     Account account_;
-    bool has_memory_ = false;
     bool is_pending_ = false;
   };
 
@@ -88,10 +87,10 @@ class RoutingLog {
     entry.mask_.assign(mask.begin(), mask.end());
     entry.account_ = std::move(account);
     if (!entry.done_.native()) entry.done_ = backend_.make_event();
-    if (std::exchange(entry.has_memory_, false)) memory_.give_back_last();  // of a call without end
+    if (std::exchange(is_begun_, false)) memory_.give_back_last();  // of a call without end
     entry.ids_ = reinterpret_cast<std::int32_t*>(
         memory_.take(2 * entry.assignments_ * sizeof(float), [this] { wait_for_oldest(); }));
-    entry.has_memory_ = true;
+    is_begun_ = true;
     return entry;
   }
 
@@ -108,6 +107,7 @@ class RoutingLog {
     }
     if (dropped) entry.account_ = nullptr;
     entry.is_pending_ = true;
+    is_begun_ = false;
     next_ = (next_ + 1) % entries_.size();
   }
 
@@ -131,7 +131,6 @@ class RoutingLog {
     Entry& entry = entries_[oldest_];
     oldest_ = (oldest_ + 1) % entries_.size();
     entry.is_pending_ = false;
-    entry.has_memory_ = false;
     memory_.give_back_first();  // nothing takes it before the account has read it
     const Account account = std::exchange(entry.account_, nullptr);
     if (!account) return;
@@ -146,6 +145,7 @@ class RoutingLog {
   PinnedParts memory_;
   std::array<Entry, 32> entries_;
   std::size_t next_ = 0, oldest_ = 0;
+  bool is_begun_ = false;  // the next entry has memory, and was not committed
 };
 
 }  // namespace sida::cuda
