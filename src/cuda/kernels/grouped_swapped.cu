@@ -14,8 +14,6 @@ constexpr int rows_bytes = tile_rows * tile_depth * 2,
               outputs_bytes = tile_outputs * tile_depth * 2;
 constexpr int box_rows = 16;
 constexpr int copying_threads = 128, multiplying_warps = 8;
-// One warp brings weights, so that those of the next tile do not wait for its tokens' rows.
-constexpr int gathering_threads = copying_threads - 32, gathered_rows = gathering_threads / 8;
 constexpr int swapped_threads = copying_threads + multiplying_warps * 32;
 
 /// A block's dynamic shared memory, behind padding to 1024 bytes.
@@ -27,6 +25,8 @@ struct Ring {
 constexpr std::size_t ring_bytes = sizeof(Ring) + 1024;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// One warp brings weights, so that those of the next tile do not wait for its tokens' rows.
+constexpr int gathering_threads = copying_threads - 32, gathered_rows = gathering_threads / 8;
 using Turn = hopper::Turn<stages>;
 using Sums = float[tile_rows / 2];
 
