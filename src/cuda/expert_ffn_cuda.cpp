@@ -88,10 +88,12 @@ class ExpertFfn<CudaBackend>::Call {
     SIDA_EXPECTS(!routing.is_foretold && !routing.skip_padding,
                  "capture: expected routing that the graph's own kernels give, got one in RAM");
     if (shape.tokens == 0) return;
-    const auto& place = graphs_.add(shape.tokens, shape.top_k, std::move(account));
+    const cuda::RoutingMemory routed =
+        graphs_.add(shape.tokens, shape.top_k, std::move(account)).memory();
     const GraphWorkspace workspace = graph_workspace_at(shape, memory);
     const cuda::GivenRouting given = given_by(routing);
-    const cuda::TakenRouting taken{workspace.ids, workspace.weights, place.ids(), place.weights()};
+    const cuda::TakenRouting taken{workspace.ids, workspace.weights, routed.ids(),
+                                   routed.weights()};
     const cuda::ExpertSlabs slabs = slabs_at(kept.arena, &kept.slots);
     const cuda::DeviceScope scope(backend_.device());
     cuda::launched([&] {
@@ -298,7 +300,7 @@ class ExpertFfn<CudaBackend>::Call {
   }
   void take(const Routing& routing) {
     given_ = given_by(routing);
-    taken_ = {ids(), weights(), entry_->ids(), entry_->weights()};
+    taken_ = {ids(), weights(), entry_->memory().ids(), entry_->memory().weights()};
     if (!routing.skip_padding || routing.mask.empty()) return;
     reserve(keep_, routing.mask.size());
     std::byte* const mask = uploads_.next(routing.mask.size());
@@ -319,8 +321,8 @@ class ExpertFfn<CudaBackend>::Call {
                               routing.mask[a / static_cast<std::size_t>(shape_.top_k)] == 0;
       scale[a] = is_padding ? 0.0f : detail::load<float>(routing.weights.data, assignment);
       to[a] = detail::load<std::int32_t>(routing.ids.data, assignment);
-      entry_->ids()[a] = scale[a] == 0 ? cuda::left_out : to[a];
-      entry_->weights()[a] = scale[a];
+      entry_->memory().ids()[a] = scale[a] == 0 ? cuda::left_out : to[a];
+      entry_->memory().weights()[a] = scale[a];
     }
     uploads_.send(routing_.data(), bytes, stream_);
   }

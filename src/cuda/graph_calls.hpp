@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "relaxed_capture.hpp"
-#include "routing_log.hpp"
+#include "routing_memory.hpp"
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/ffn/routed_call.hpp"
 
@@ -27,15 +27,15 @@ class GraphCalls {
   /// Where a call's routing comes to lie.
   class Place {
    public:
-    std::int32_t* ids() const { return reinterpret_cast<std::int32_t*>(memory_.data()); }
-    float* weights() const { return reinterpret_cast<float*>(ids() + assignments_); }
+    RoutingMemory memory() const { return memory_in(pinned_.data()); }
 
    private:
     friend GraphCalls;
-    PinnedBuffer memory_;
+    RoutingMemory memory_in(std::byte* bytes) const { return {bytes, tokens_, top_k_}; }
+
+    PinnedBuffer pinned_;
     std::int64_t tokens_ = 0;
     std::int32_t top_k_ = 1;
-    std::size_t assignments_ = 0;
     ReplayAccount account_;
   };
 
@@ -57,8 +57,7 @@ class GraphCalls {
     Place place;
     place.tokens_ = tokens;
     place.top_k_ = top_k;
-    place.assignments_ = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
-    place.memory_ = PinnedBuffer(backend_, 2 * place.assignments_ * sizeof(float));
+    place.pinned_ = PinnedBuffer(backend_, RoutingMemory::bytes(tokens, top_k));
     place.account_ = std::move(account);
     mark_untouched(place);
     return places_.emplace_back(std::move(place));
@@ -101,15 +100,16 @@ class GraphCalls {
   /// What a replay wrote.
   struct Written {
     const Place* place;
-    std::vector<std::int32_t> ids;
-    std::vector<float> weights;
+    std::vector<std::byte> routing;
   };
 
   // No weight of a model's: a NaN that no conversion gives.
   static constexpr std::uint32_t untouched = 0x7fa5a5a5;
-  static void mark_untouched(Place& place) { place.weights()[0] = std::bit_cast<float>(untouched); }
+  static void mark_untouched(Place& place) {
+    place.memory().weights()[0] = std::bit_cast<float>(untouched);
+  }
   static bool is_untouched(const Place& place) {
-    return std::bit_cast<std::uint32_t>(place.weights()[0]) == untouched;
+    return std::bit_cast<std::uint32_t>(place.memory().weights()[0]) == untouched;
   }
 
   void take_over() {
@@ -118,9 +118,8 @@ class GraphCalls {
     is_pending_ = false;
     for (Place& place : places_) {
       if (is_untouched(place)) continue;
-      const std::size_t count = place.assignments_;
-      written_.push_back(
-          {&place, {place.ids(), place.ids() + count}, {place.weights(), place.weights() + count}});
+      const std::byte* const from = place.pinned_.data();
+      written_.push_back({&place, {from, from + place.memory().bytes()}});
       mark_untouched(place);
     }
   }
@@ -128,13 +127,10 @@ class GraphCalls {
     for (Written& written : std::exchange(written_, {})) {
       const Place& place = *written.place;
       try {
-        expect_experts(written.ids, place.top_k_, experts_);
-        std::ranges::replace(written.ids, left_out, -1);
         const bool fits = std::ssize(mask_) == place.tokens_;
-        place.account_(
-            {place.tokens_, place.top_k_, written.ids, written.weights,
-             fits ? std::span<const std::uint8_t>(mask_) : std::span<const std::uint8_t>()},
-            pass_);
+        const auto mask =
+            fits ? std::span<const std::uint8_t>(mask_) : std::span<const std::uint8_t>();
+        place.account_(place.memory_in(written.routing.data()).accounted(experts_, mask), pass_);
       } catch (...) {  // one wrong id leaves the others' counts right
         if (!failure_) failure_ = std::current_exception();
       }

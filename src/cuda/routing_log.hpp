@@ -12,23 +12,13 @@
 #include <utility>
 #include <vector>
 
-#include "expert_kernels.hpp"
 #include "pinned_parts.hpp"
+#include "routing_memory.hpp"
 #include "sida/backend/cuda_backend.hpp"
 #include "sida/core/error.hpp"
 #include "sida/ffn/routed_call.hpp"
 
 namespace sida::cuda {
-
-/// @throws OutOfRange naming the first of the ids [tokens, top_k] that is no expert's.
-inline void expect_experts(std::span<const std::int32_t> ids, std::int32_t top_k,
-                           std::int32_t experts) {
-  for (std::size_t a = 0; a < ids.size(); ++a)
-    if (ids[a] != left_out && (ids[a] < 0 || ids[a] >= experts))
-      throw OutOfRange("expert ids: expected 0 to " + std::to_string(experts - 1) + ", got " +
-                       std::to_string(ids[a]) + " for token " +
-                       std::to_string(a / static_cast<std::size_t>(top_k)));
-}
 
 /// The routing of the latest calls in pinned memory, which the GPU writes; each call is accounted
 /// for when its routing is there. Thread-safe; begin(), commit() and drop() are for one caller at a
@@ -38,22 +28,16 @@ class RoutingLog {
   /// A call's place in the log.
   class Entry {
    public:
-    std::int32_t* ids() const { return ids_; }
-    float* weights() const { return reinterpret_cast<float*>(ids() + assignments_); }
-    /// To be read when the GPU has written them.
-    RoutedTokens routed() const {
-      return {tokens_, top_k_, {ids(), assignments_}, {weights(), assignments_}, mask_};
-    }
+    const RoutingMemory& memory() const { return memory_; }
+    /// To be read when the GPU has written it.
+    RoutedTokens routed() const { return memory_.routed(mask_); }
     /// Behind all of the call's work.
     CudaBackend::Event& done() { return done_; }
 
    private:
     friend RoutingLog;
-    std::int32_t* ids_ = nullptr;
+    RoutingMemory memory_;
     CudaBackend::Event done_;
-    std::int64_t tokens_ = 0;
-    std::int32_t top_k_ = 1;
-    std::size_t assignments_ = 0;
     std::vector<std::uint8_t> mask_;
     Account account_;
     bool is_pending_ = false;
@@ -81,15 +65,13 @@ class RoutingLog {
       settle_oldest();
     if (entries_[next_].is_pending_) wait_for_oldest();  // all are: the oldest is the next
     Entry& entry = entries_[next_];
-    entry.tokens_ = tokens;
-    entry.top_k_ = top_k;
-    entry.assignments_ = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k);
     entry.mask_.assign(mask.begin(), mask.end());
     entry.account_ = std::move(account);
     if (!entry.done_.native()) entry.done_ = backend_.make_event();
     if (std::exchange(is_begun_, false)) memory_.give_back_last();  // of a call without end
-    entry.ids_ = reinterpret_cast<std::int32_t*>(
-        memory_.take(2 * entry.assignments_ * sizeof(float), [this] { wait_for_oldest(); }));
+    entry.memory_ = {
+        memory_.take(RoutingMemory::bytes(tokens, top_k), [this] { wait_for_oldest(); }), tokens,
+        top_k};
     is_begun_ = true;
     return entry;
   }
@@ -118,9 +100,7 @@ class RoutingLog {
   }
 
   /// @throws OutOfRange naming the first id that is no expert's.
-  void expect_experts(const Entry& entry) const {
-    cuda::expect_experts(entry.routed().ids, entry.top_k_, experts_);
-  }
+  void expect_experts(const Entry& entry) const { entry.memory_.expect_experts(experts_); }
 
  private:
   void wait_for_oldest() {
@@ -133,10 +113,7 @@ class RoutingLog {
     entry.is_pending_ = false;
     memory_.give_back_first();  // nothing takes it before the account has read it
     const Account account = std::exchange(entry.account_, nullptr);
-    if (!account) return;
-    expect_experts(entry);
-    std::replace(entry.ids(), entry.ids() + entry.assignments_, left_out, -1);
-    account(entry.routed());
+    if (account) account(entry.memory_.accounted(experts_, entry.mask_));
   }
 
   CudaBackend& backend_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <span>
 #include <vector>
@@ -27,24 +28,18 @@ MoeConfig config_of(DataType dtype, int top_k) {
 /// The layers of an engine in one CUDA graph, which reads its inputs where they were put last.
 class LayersInGraph {
  public:
-  explicit LayersInGraph(OnGpu<LruPolicy>& engine) : engine_(engine) {
+  explicit LayersInGraph(OnGpu<LruPolicy>& engine) : engine_(engine), batch_(engine.model.inputs) {
     const FaultsExempt exempt;
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     for (auto& layer : engine.layers) layer.load_all();
-    for (std::size_t l = 0; l < engine.layers.size(); ++l) {
-      const LayerInput& input = engine.model.inputs[l];
-      Call& call = *calls_.emplace_back(std::make_unique<Call>(input));
-      call.out.poison(input.hidden.bytes.size());
-      call.workspace.poison(engine.layers[l].graph_workspace_bytes(
-          input.hidden.shape[0], static_cast<std::int32_t>(input.ids.shape[1])));
-    }
+    for (std::size_t l = 0; l < engine.layers.size(); ++l)
+      workspaces_.emplace_back().poison(engine.layers[l].graph_workspace_bytes(
+          batch_[l].ids.view.shape[0], static_cast<std::int32_t>(batch_[l].ids.view.shape[1])));
     check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
     for (std::size_t l = 0; l < engine.layers.size(); ++l) {
-      Call& call = *calls_[l];
-      const Tensor& hidden = engine.model.inputs[l].hidden;
-      engine.layers[l].capture(call.hidden.view, call.ids.view, call.weights.view,
-                               {call.out.data(), hidden.type, hidden.shape}, call.workspace.data(),
-                               stream_);
+      const BatchOnGpu::Call& call = batch_[l];
+      engine.layers[l].capture(call.hidden.view, call.ids.view, call.weights.view, call.out,
+                               workspaces_[l].data(), stream_);
     }
     check_cuda(cudaStreamEndCapture(stream_, &graph_));
     check_cuda(cudaGraphInstantiate(&replayed_, graph_, 0));
@@ -60,44 +55,36 @@ class LayersInGraph {
 
   /// Reads the model's inputs as they are now.
   void put_inputs() {
-    for (std::size_t l = 0; l < calls_.size(); ++l) {
+    for (std::size_t l = 0; l < workspaces_.size(); ++l) {
       const LayerInput& input = engine_.model.inputs[l];
-      copy_to_device(calls_[l]->hidden.buffer.data(), input.hidden.bytes);
-      copy_to_device(calls_[l]->ids.buffer.data(), input.ids.bytes);
-      copy_to_device(calls_[l]->weights.buffer.data(), input.weights.bytes);
+      copy_to_device(batch_[l].hidden.buffer.data(), input.hidden.bytes);
+      copy_to_device(batch_[l].ids.buffer.data(), input.ids.bytes);
+      copy_to_device(batch_[l].weights.buffer.data(), input.weights.bytes);
     }
   }
-  /// A pass whose layers are replayed; the bytes of every output.
-  std::vector<std::byte> pass(std::uint64_t key = 0, std::span<const std::uint8_t> mask = {}) {
+  /// Enqueues a pass whose layers are replayed.
+  void enqueue(std::uint64_t key = 0, std::span<const std::uint8_t> mask = {}) {
     auto& any = engine_.layers.front();
     any.begin_replays(stream_);
     engine_.scheduler->begin_pass({}, key, mask);
     check_cuda(cudaGraphLaunch(replayed_, stream_));
     any.end_replays(stream_);
     engine_.scheduler->end_pass();
+  }
+  /// A pass whose layers are replayed; the bytes of every output.
+  std::vector<std::byte> pass(std::uint64_t key = 0, std::span<const std::uint8_t> mask = {}) {
+    enqueue(key, mask);
     check_cuda(cudaStreamSynchronize(stream_));
-    std::vector<std::byte> bytes;
-    for (std::size_t l = 0; l < calls_.size(); ++l) {
-      std::vector<std::byte> out(engine_.model.inputs[l].hidden.bytes.size());
-      copy_to_host(out.data(), calls_[l]->out.data(), out.size());
-      bytes.insert(bytes.end(), out.begin(), out.end());
-    }
-    return bytes;
+    return batch_.outputs();
   }
 
  private:
-  struct Call {
-    explicit Call(const LayerInput& input)
-        : hidden(input.hidden), ids(input.ids), weights(input.weights) {}
-    OnDevice hidden, ids, weights;
-    DeviceBuffer out, workspace;
-  };
-
   OnGpu<LruPolicy>& engine_;
+  BatchOnGpu batch_;
+  std::deque<DeviceBuffer> workspaces_;
   cudaStream_t stream_ = nullptr;
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t replayed_ = nullptr;
-  std::vector<std::unique_ptr<Call>> calls_;
 };
 
 }  // namespace
@@ -135,6 +122,37 @@ TEST_CASE("Layers in a CUDA graph compute and count what the same calls without 
   CHECK(routing.ids == wanted.ids);
   CHECK(routing.probs == wanted.probs);
   CHECK(routing.scale == wanted.scale);
+}
+
+TEST_CASE("Replays that wait for nothing are counted, and do not meet calls on other streams",
+          "[cuda][layer][graph]") {
+  if (!gpu_found()) return;
+  const auto top_k = GENERATE(2, 3);
+  constexpr std::uint64_t passes = 12;
+  const Model model(config_of(DataType::bf16, top_k));
+  OnGpu<LruPolicy> engine(model, all_pinned, Budget::fraction(1));
+  OnGpu<LruPolicy> eager(model, all_pinned, Budget::fraction(1));
+  LayersInGraph graph(engine);
+  std::deque<BatchOnGpu> batches;
+  for (std::uint64_t pass = 0; pass < passes; ++pass) batches.emplace_back(model.inputs);
+  for (std::uint64_t pass = 0; pass < passes; ++pass) {
+    graph.enqueue(2 * pass);
+    engine.ffn->set_stream(nullptr);
+    engine.scheduler->begin_pass({}, 2 * pass + 1, {});
+    batches[pass].enqueue(engine);
+  }
+  std::vector<std::byte> expected;
+  for (std::uint64_t pass = 0; pass < 2 * passes; ++pass) {
+    eager.scheduler->begin_pass({}, pass, {});
+    expected = eager.rest_of_pass();
+  }
+  CHECK(engine.scheduler->stats().total.calls == eager.scheduler->stats().total.calls);
+  CHECK(engine.scheduler->stats().total.uses == eager.scheduler->stats().total.uses);
+  CHECK(engine.scheduler->recorded().ids == eager.scheduler->recorded().ids);
+  CHECK(engine.scheduler->recorded().scale == eager.scheduler->recorded().scale);
+  engine.ffn->synchronize();
+  for (const BatchOnGpu& batch : batches) REQUIRE(batch.outputs() == expected);
+  CHECK(graph.pass(2 * passes) == expected);
 }
 
 TEST_CASE("An expert id out of range in a CUDA graph touches no memory, and raises later",

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <deque>
 #include <optional>
 #include <vector>
 
@@ -146,6 +147,72 @@ TEST_CASE("On the GPU predicted routing with the recorded table computes what ex
     CHECK(stats.total.predicted_calls == 9);
     CHECK(stats.total.uses == stats.total.hits + stats.total.late + stats.total.misses);
   }
+}
+
+namespace {
+
+/// What a model is given, and its routing there.
+struct Given {
+  Given(const Model& model, std::int64_t count, std::uint32_t seed)
+      : mask(static_cast<std::size_t>(count), 1) {
+    for (std::uint32_t layer = 0; layer < 3; ++layer)
+      inputs.push_back(random_input(model.config, count, seed + layer));
+    mask[seed] = mask[7] = 0;
+    OnGpu<LruPolicy> engine(model, all_pinned, Budget::fraction(1));
+    engine.scheduler->begin_pass({}, seed, mask);
+    BatchOnGpu(inputs).enqueue(engine);
+    table = engine.scheduler->recorded();
+  }
+  std::vector<LayerInput> inputs;
+  std::vector<std::uint8_t> mask;
+  HashTable table;
+};
+
+}  // namespace
+
+TEST_CASE("Calls that wait for nothing do what those do that each wait for the one before",
+          "[cuda][layer]") {
+  if (!gpu_found()) return;
+  const Budget budget = GENERATE(Budget::experts(3), Budget::fraction(1));
+  const auto streams = GENERATE(as<std::size_t>(), 1, 3);
+  const Model model(small_config(DataType::bf16));
+  // The last needs more memory, of each kind, than what was enqueued before it.
+  const Given givens[] = {{model, tokens, 1}, {model, tokens, 2}, {model, 1100, 3}};
+  const auto given_to = [&](std::size_t pass) -> const Given& {
+    return givens[pass == 3 || pass == 5 || pass == 20 ? 2 : pass % 2];
+  };
+  const auto run = [&](OnGpu<LruPolicy>& engine, bool waits) {
+    const CudaBackend::Stream owned[] = {engine.backend.make_stream(), engine.backend.make_stream(),
+                                         engine.backend.make_stream()};
+    for (auto& layer : engine.layers) layer.set_skip_padding(true);
+    std::deque<BatchOnGpu> batches;
+    constexpr std::size_t passes = 40;  // more calls than can be on their way
+    for (std::size_t pass = 0; pass < passes; ++pass) batches.emplace_back(given_to(pass).inputs);
+    for (std::size_t pass = 0; pass < passes; ++pass) {
+      const Given& given = given_to(pass);
+      const bool is_foretold = pass % 8 == 5;  // from the table alone, which is sent to the GPU
+      engine.ffn->set_stream(owned[pass % streams].native());
+      engine.scheduler->begin_pass(is_foretold ? std::optional(given.table) : std::nullopt, pass,
+                                   given.mask);
+      batches[pass].enqueue(engine, is_foretold);
+      if (waits) engine.ffn->synchronize();
+    }
+    CHECK(engine.scheduler->stats().total.calls == 3 * passes);
+    engine.ffn->synchronize();
+    std::vector<std::vector<std::byte>> outputs;
+    for (const BatchOnGpu& batch : batches) outputs.push_back(batch.outputs());
+    engine.ffn->set_stream(nullptr);
+    return outputs;
+  };
+  OnGpu<LruPolicy> waiting(model, all_pinned, budget), engine(model, all_pinned, budget);
+  const auto expected = run(waiting, true);
+  REQUIRE((run(engine, false) == expected));  // many bytes: not to be printed
+  CHECK(engine.scheduler->stats().total.uses == waiting.scheduler->stats().total.uses);
+  const HashTable routing = engine.scheduler->recorded(), wanted = waiting.scheduler->recorded();
+  CHECK(routing.keys == wanted.keys);
+  CHECK(routing.ids == wanted.ids);
+  CHECK(routing.probs == wanted.probs);
+  CHECK(routing.scale == wanted.scale);
 }
 
 TEST_CASE("Work on two streams by turns gives the same bits", "[cuda][layer]") {

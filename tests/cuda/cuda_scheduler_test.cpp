@@ -171,7 +171,8 @@ TEST_CASE("Layers that were taken from RAM and from the GPU lie in pinned memory
     for (std::int32_t e = 0; e < experts; ++e)
       CHECK(pattern.holds({layer, e}, pinned.pinned({layer, e})));
 
-  there[3].poison(slab_bytes);
+  check_cuda(cudaMemset(there[3].data(), 0xff, slab_bytes));
+  wait_for_default_stream();
   pinned.give_back(0, all.first(experts));
   pinned.give_back(1, all.last(experts));
   for (std::int32_t e = 0; e < experts; ++e)

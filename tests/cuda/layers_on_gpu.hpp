@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -24,10 +25,11 @@ inline constexpr std::size_t all_pinned = std::size_t{1} << 30;
 
 /// A copy of a tensor on the GPU.
 struct OnDevice {
-  explicit OnDevice(const Tensor& tensor) {
+  explicit OnDevice(const Tensor& tensor) : bytes(tensor.bytes.size()) {
     buffer.fill(tensor.bytes);
     view = {buffer.data(), tensor.type, tensor.shape};
   }
+  std::size_t bytes;
   DeviceBuffer buffer;
   ConstTensorView view;
 };
@@ -86,6 +88,54 @@ struct OnGpu {
   std::shared_ptr<OffloadScheduler<CudaBackend, Policy>> scheduler;
   std::shared_ptr<ExpertFfn<CudaBackend>> ffn;
   std::vector<OffloadedExperts<CudaBackend, Policy>> layers;
+};
+
+/// A batch's inputs of every layer on the GPU, and room for the outputs: calls with it wait for
+/// nothing.
+class BatchOnGpu {
+ public:
+  struct Call {
+    explicit Call(const LayerInput& input)
+        : hidden(input.hidden), ids(input.ids), weights(input.weights) {
+      memory.poison(input.hidden.bytes.size());
+      out = {memory.data(), input.hidden.type, input.hidden.shape};
+    }
+    OnDevice hidden, ids, weights;
+    DeviceBuffer memory;
+    TensorView out;
+  };
+
+  explicit BatchOnGpu(const std::vector<LayerInput>& inputs) {
+    for (const LayerInput& input : inputs) calls_.emplace_back(input);
+  }
+
+  const Call& operator[](std::size_t layer) const { return calls_[layer]; }
+
+  /// Enqueues a pass that was begun, and ends it. `foretold` uses the pass's table alone.
+  template <class Engine>
+  void enqueue(Engine& engine, bool foretold = false) const {
+    for (std::size_t l = 0; l < calls_.size(); ++l) {
+      const Call& call = calls_[l];
+      if (foretold)
+        engine.layers[l].forward_predicted(call.hidden.view, call.out);
+      else
+        engine.layers[l].forward(call.hidden.view, call.ids.view, call.weights.view, call.out);
+    }
+    engine.scheduler->end_pass();
+  }
+  /// The bytes of every output, once what was enqueued is done.
+  std::vector<std::byte> outputs() const {
+    std::vector<std::byte> bytes;
+    for (const Call& call : calls_) {
+      std::vector<std::byte> out(call.hidden.bytes);
+      copy_to_host(out.data(), call.out.data, out.size());
+      bytes.insert(bytes.end(), out.begin(), out.end());
+    }
+    return bytes;
+  }
+
+ private:
+  std::deque<Call> calls_;
 };
 
 }  // namespace sida::test
