@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "sida/backend/cpu_backend.hpp"
+#include "sida/core/available_memory.hpp"
 #include "sida/cuda.hpp"
 #include "sida/ffn/slab_layout.hpp"
 // The backend's headers come first.
@@ -56,7 +56,7 @@ std::shared_ptr<ExpertStore> pinned(const CudaBackend& backend,
                                     const FillReport& report) {
   if (std::dynamic_pointer_cast<PinnedLayers>(source)) return source;
   const auto made = std::make_shared<Pinned>(
-      backend, source, host_bytes.value_or(CpuBackend().available_bytes() / 10 * 9), report);
+      backend, source, host_bytes.value_or(available_memory() / 10 * 9), report);
   return {made, &made->store};
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from family_models import FAMILIES, MODELS
-from test_experts_classes import REFUSED
+from test_experts_classes import OUTSIDE, REFUSED
 
 from sida.huggingface.adapter import WRONG_UPSTREAM
 
@@ -31,7 +31,10 @@ COLUMNS = {
 """What is supported, and the test of it, which has the family among its parameters."""
 SWITCH = "SwitchTransformersForConditionalGeneration, SwitchTransformersEncoderModel"
 NOTES = {
-    "switch": ("Switch Transformers", "predictors and predicted routing, for the encoder"),
+    "switch": (
+        "Switch Transformers",
+        "predictors and predicted routing for the encoder, which has no `generate`",
+    ),
     "mixtral": ("Mixtral", ""),
     "qwen2_moe": ("Qwen2-MoE", "the shared expert stays resident"),
     "qwen3_moe": ("Qwen3-MoE", ""),
@@ -86,6 +89,7 @@ def support(tests: Collection[str]) -> str:
 def refused() -> str:
     """Return the table of what is refused."""
     rows = [[f"`{name}`", REASONS[word]] for name, word in sorted(REFUSED.items())]
+    rows += [[f"`{name}`", "not of transformers' experts interface"] for name in sorted(OUTSIDE)]
     rows += [[f"`{name}`", "transformers routes wrongly in it"] for name in WRONG_UPSTREAM]
     return _table(["class of transformers", "why it is refused"], rows)
 

@@ -19,25 +19,48 @@ import sida
 
 pytestmark = pytest.mark.families
 
+EXPERTS_CLASS = re.compile(r"^class (\w*Experts\w*)\(", re.MULTILINE)
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
 REFUSED = {
     "Inkling2Experts": "activation",
     "MuseSparkExperts": "norm",
 }
 """Classes that sida does not compute, and a word of the reason."""
+OUTSIDE = {
+    "DbrxExperts",
+    "JetMoeParallelExperts",
+    "Llama4TextExperts",
+    "LongcatFlashExperts",
+    "Step3p7Experts",
+}
+"""Classes of experts that do not follow the interface: models with them are refused."""
+NO_ROUTED_EXPERTS = {"AriaSharedExpertsMLP", "InklingSharedExperts"}
+OWN_ADAPTER = {"SwitchTransformersExperts"}
+REFUSED_UPSTREAM = {"NllbMoeExperts"}
 HIDDEN, EXPERTS, TOP_K = 32, 5, 2
 LIMIT = 1.5
 """Small enough that families which cut gate and up at a limit do."""
 
 
-def experts_classes() -> list[tuple[str, str]]:
-    """Module and name of every class that transformers' experts interface decorates."""
+def classes(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
+    """Module and name of every class of transformers' models whose source fits."""
     folder = Path(transformers.__file__).parent / "models"
     found = []
     for file in sorted(folder.glob("*/modeling_*.py")):
-        for name in DECORATED.findall(file.read_text(encoding="utf-8")):
+        for name in pattern.findall(file.read_text(encoding="utf-8")):
             found.append((f"transformers.models.{file.parent.name}.{file.stem}", name))
     return found
+
+
+def experts_classes() -> list[tuple[str, str]]:
+    """Those that transformers' experts interface decorates."""
+    return classes(DECORATED)
+
+
+def other_experts_classes() -> list[tuple[str, str]]:
+    """Those that are named like experts, and are none of the interface's."""
+    interface = set(experts_classes())
+    return [found for found in classes(EXPERTS_CLASS) if found not in interface]
 
 
 class AnyConfig:
@@ -79,6 +102,18 @@ def test_there_are_experts_classes() -> None:
     names = [name for _, name in experts_classes()]
     assert len(names) >= 40
     assert {"MixtralExperts", "GptOssExperts", "NemotronHExperts"} <= set(names)
+
+
+@pytest.mark.parametrize(("module", "name"), other_experts_classes())
+def test_a_class_outside_of_the_interface_is_named(module: str, name: str) -> None:
+    assert name in OUTSIDE | NO_ROUTED_EXPERTS | OWN_ADAPTER | REFUSED_UPSTREAM
+    if name not in OUTSIDE:
+        return
+    experts = getattr(importlib.import_module(module), name)
+    model = OneLayer(experts.__new__(experts))
+    torch.nn.Module.__init__(model.block.experts)
+    with pytest.raises(ValueError, match=f"no MoE layer that sida knows.* found .*{name}"):
+        sida.offload(model, memory=0.25)
 
 
 @pytest.mark.parametrize(("module", "name"), experts_classes())

@@ -262,11 +262,44 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
         sida.from_pretrained(tmp_path, memory=0.2)
 
 
-def test_a_model_of_another_family_is_refused(tmp_path: Path) -> None:
+def test_a_revision_of_the_hubs_cache_and_a_folder_in_it(tmp_path: Path) -> None:
+    cached = tmp_path / "models--somebody--encoder"
+    (cached / "refs").mkdir(parents=True)
+    models = {"main": make_encoder(), "halved": make_encoder()}
+    with torch.no_grad():
+        for parameter in models["halved"].parameters():
+            parameter.mul_(0.5)
+    for revision, model in models.items():
+        model.save_pretrained(cached / "snapshots" / revision / "inside")
+        (cached / "refs" / revision).write_text(revision)
+    batch = make_batch()
+    for revision, model in models.items():
+        with sida.from_pretrained(
+            "somebody/encoder",
+            memory=0.25,
+            cache_dir=tmp_path,
+            revision=None if revision == "main" else revision,
+            subfolder="inside",
+        ) as off:
+            assert relative(run(off.model, batch), run(model, batch)) <= 1e-5
+    with pytest.raises(FileNotFoundError, match="at revision gone in the hub's cache"):
+        sida.from_pretrained("somebody/encoder", memory=0.2, cache_dir=tmp_path, revision="gone")
+    with pytest.raises(ValueError, match="does not take variant="):
+        sida.from_pretrained("somebody/encoder", memory=0.2, cache_dir=tmp_path, variant="fp16")
+
+
+def test_a_model_of_another_family_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = transformers.T5Config(
         vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2
     )
     transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("its weights were loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", fail)
     with pytest.raises(ValueError, match="T5EncoderModel has no MoE layer that sida knows"):
         sida.from_pretrained(tmp_path, memory=0.2)
     assert unpatched()

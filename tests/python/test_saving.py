@@ -166,6 +166,9 @@ def test_the_models_own_format_on_request(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "streamed", save_original_format=False)
     check_same(tmp_path / "streamed", tmp_path / "original")
     assert any(name.endswith("gate_up_proj") for name in weights_in(tmp_path / "streamed"))
+    ids = torch.arange(11)[None] % 7
+    with torch.no_grad(), sida.from_pretrained(tmp_path / "streamed", memory=0.25) as off:
+        assert relative(off.model(ids).logits, model(ids).logits) <= 1e-5
 
 
 def test_a_conversion_that_asks_for_the_models_parameters(tmp_path: Path) -> None:

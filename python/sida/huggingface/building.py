@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sida.huggingface import interface, switch
-from sida.huggingface.adapter import refuse_wrong_upstream
+from sida.huggingface.adapter import find_adapter, refuse_wrong_upstream
 
 EXPERT_KEYS = r"\.experts\.|\.block_sparse_moe\.(in|out)put_linear\."
 """Of a checkpoint; such weights are not loaded into a model without experts."""
@@ -53,13 +53,14 @@ def without_experts(model_class: Any, config: Any) -> Iterator[None]:
         config: The model's.
 
     Raises:
-        ValueError: transformers computes such models wrongly.
+        ValueError: sida knows no MoE layer of such models, or transformers computes them wrongly.
     """
     with _loading:
         built = _outline(model_class, config)
         refuse_wrong_upstream(built)
-        patched = {kind: _stand_in(kind) for kind in {type(m) for m in built.modules()}}
-        patched = {kind: made for kind, made in patched.items() if made is not None}
+        patched = {type(m): stand_in for m in built.modules() if (stand_in := _stand_in(m))}
+        if not patched:  # before any weight is loaded
+            find_adapter(built, registered=False)
         base: Any = type(built)
         own = base.__dict__.get("_keys_to_ignore_on_load_unexpected")
         had_own = "_keys_to_ignore_on_load_unexpected" in base.__dict__
@@ -67,8 +68,7 @@ def without_experts(model_class: Any, config: Any) -> Iterator[None]:
         try:
             for kind, made in patched.items():
                 setattr(sys.modules[kind.__module__], kind.__name__, made)
-            if patched:
-                base._keys_to_ignore_on_load_unexpected = ignored
+            base._keys_to_ignore_on_load_unexpected = ignored
             yield
         finally:
             for kind in patched:
@@ -87,11 +87,12 @@ def _outline(model_class: Any, config: Any) -> nn.Module:
     return model
 
 
-def _stand_in(kind: type[nn.Module]) -> type | None:
-    """What is to stand for a class of modules; None for those that are built as ever."""
+def _stand_in(module: nn.Module) -> type | None:
+    """What is to stand for a module's class; None if it is built as ever."""
+    kind = type(module)
     if kind is switch.SparseMlp:
         make: Callable[..., nn.Module] = switch.SwitchSparseMlp
-    elif all(hasattr(kind, name) for name in ("_apply_gate", "forward")):
+    elif interface.is_experts(module):
         make = interface.make_without_weights(kind)
     else:
         return None

@@ -19,18 +19,17 @@ ROUTINGS = ("exact", "predicted")
 POLICIES = ("fifo", "lru", "lfu", "lookahead", "auto")
 
 TESTED = (Version("5.17"), Version("5.23"))
-"""The oldest and the newest minor version of transformers that sida's tests run on."""
+"""The minor versions of transformers that sida's tests run on, the newest last."""
 
 
 def warn_of_untested_transformers() -> None:
     """Warn if the installed transformers is none that sida was tested with; it may work."""
     installed = Version(transformers.__version__)
-    oldest, newest = TESTED
-    if not (oldest.release <= installed.release[:2] <= newest.release):
+    if installed.release[:2] not in [version.release for version in TESTED]:
         warnings.warn(
-            f"sida is tested with transformers {oldest} to {newest}, this is {installed}: it may "
-            "work, but compare results with the model's own before relying on them, or install "
-            f'"transformers~={newest}.0"',
+            f"sida is tested with transformers {' and '.join(map(str, TESTED))}, this is "
+            f"{installed}: it may work, but compare results with the model's own before relying on "
+            f'them, or install "transformers~={TESTED[-1]}.0"',
             RuntimeWarning,
             stacklevel=3,
         )

@@ -37,10 +37,14 @@ REFUSED = {
     "load_in_4bit": "sida offloads float32, float16 and bfloat16",
     "state_dict": "experts are read from the checkpoint",
     "torch_dtype": "use dtype=",
+    "variant": "experts are read from model.safetensors, or the shards that its index names",
     "output_loading_info": "it returns a handle",
     "use_kernels": "kernels of the hub may replace a MoE layer whole, experts and all",
     "kernel_config": "kernels of the hub may replace a MoE layer whole, experts and all",
 }
+
+WHERE = ("revision", "cache_dir", "subfolder")
+"""Arguments of transformers' from_pretrained that say where the checkpoint lies."""
 
 LAYER_OF_EXPERT = re.compile(
     r"(.*?)(?:\.experts\.|(?<=\.block_sparse_moe)\.(?:in|out)put_linear\.)"
@@ -96,7 +100,8 @@ def from_pretrained(
         skip_padding: As in `sida.offload`.
         offload_dir: Of no effect: experts stay in the checkpoint.
         host_memory: As in `sida.offload`.
-        **hf_kwargs: Passed to the class's from_pretrained.
+        **hf_kwargs: Passed to the class's from_pretrained; `revision`, `cache_dir` and `subfolder`
+            say where the checkpoint lies, as they do there.
 
     Raises:
         OSError: The checkpoint is missing, damaged, or not in safetensors files.
@@ -113,7 +118,8 @@ def from_pretrained(
     for name, reason in REFUSED.items():
         if hf_kwargs.get(name) is not None:
             raise ValueError(f"from_pretrained does not take {name}=: {reason}")
-    folder = _find_folder(path)
+    where = {name: hf_kwargs.pop(name) for name in WHERE if name in hf_kwargs}
+    folder = _find_folder(path, **where)
     _check_folder(folder)
     names = checkpoint_tensors(folder)  # says what is wrong with which file, before others read it
     config = hf_kwargs.get("config") or transformers.AutoConfig.from_pretrained(folder)
@@ -169,18 +175,28 @@ def _load_without_experts(
     return loaded
 
 
-def _find_folder(path: str | os.PathLike[str]) -> Path:
+def _find_folder(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    subfolder: str = "",
+) -> Path:
     """Return a checkpoint's folder: `path`, or where the hub's cache has the model of that name."""
     folder = Path(path)
     if folder.is_dir():
-        return folder
+        return folder / subfolder
     try:
-        return Path(huggingface_hub.snapshot_download(os.fspath(path), local_files_only=True))
+        snapshot = huggingface_hub.snapshot_download(
+            os.fspath(path), revision=revision, cache_dir=cache_dir, local_files_only=True
+        )
     except (OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"expected a checkpoint's folder, found none at {folder}, nor a model of that name in "
-            "the hub's cache; huggingface_hub.snapshot_download(name) fetches one"
+            f"expected a checkpoint's folder, found none at {folder}, nor a model of that name{at} "
+            "in the hub's cache; huggingface_hub.snapshot_download(name) fetches one"
         ) from error
+    return Path(snapshot) / subfolder
 
 
 def _layers_in(folder: Path, tensors: list[str], adapter: ExpertAdapter) -> list[str]:

@@ -80,7 +80,8 @@ def offload(
         offload_dir: Where the experts' file goes; by default the system's temporary folder.
         host_memory: Limit of pinned memory, as `memory`, for a GPU; experts beyond it are read from
             the file each time, by four threads, through a ring of up to 16 MiB of it. By default
-            nine tenths of the RAM.
+            experts of a model in RAM all move there, one layer after the other, and those of a
+            checkpoint as far as nine tenths of the RAM that is available, to a container too.
 
     Returns:
         A handle; closing it (or leaving it as a context) gives the model its experts back.
