@@ -215,6 +215,29 @@ TEST_CASE("Calls that wait for nothing do what those do that each wait for the o
   CHECK(routing.scale == wanted.scale);
 }
 
+TEST_CASE("On another GPU a layer computes the same bits, whichever device is current",
+          "[cuda][layer]") {
+  if (!gpu_found() || CudaBackend::devices() < 2) return;
+  const Budget budget = GENERATE(Budget::experts(3), Budget::fraction(1));
+  const Model model(small_config(DataType::bf16));
+  OnGpu<LruPolicy> first(model, all_pinned, budget);
+  const std::vector<std::byte> expected = first.pass();
+  OnGpu<LruPolicy> second(model, all_pinned, budget, nullptr, {}, 1);
+  check_cuda(cudaSetDevice(1));
+  const BatchOnGpu batch(model.inputs);
+  check_cuda(cudaSetDevice(0));
+  for (const bool is_foretold : {false, true, false}) {
+    second.scheduler->begin_pass(
+        is_foretold ? std::optional(first.scheduler->recorded()) : std::nullopt, 0, {});
+    batch.enqueue(second, is_foretold);
+    second.ffn->synchronize();
+    REQUIRE(batch.outputs() == expected);
+  }
+  int current = -1;
+  check_cuda(cudaGetDevice(&current));
+  CHECK(current == 0);
+}
+
 TEST_CASE("Work on two streams by turns gives the same bits", "[cuda][layer]") {
   if (!gpu_found()) return;
   const Model model;

@@ -38,8 +38,10 @@ struct OnDevice {
 template <class Policy>
 struct OnGpu {
   OnGpu(const Model& m, std::size_t host_bytes, const Budget& budget,
-        std::shared_ptr<ExpertStore> store = nullptr, const SchedulerOptions& options = {})
+        std::shared_ptr<ExpertStore> store = nullptr, const SchedulerOptions& options = {},
+        int device = 0)
       : model(m),
+        backend(device),
         cache(backend, std::make_shared<PinnedStore>(backend, store ? store : m.store, host_bytes),
               budget),
         scheduler(std::make_shared<OffloadScheduler<CudaBackend, Policy>>(backend, cache, options)),

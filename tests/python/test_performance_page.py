@@ -173,6 +173,25 @@ def test_a_block_without_results_says_so(name: str) -> None:
     assert shown == "None." or re.fullmatch(rf"Not recorded yet: `{command}`\.", shown)
 
 
+def test_what_scripts_gpu_is_told_it_can_do() -> None:
+    script = (ROOT / "scripts" / "gpu").read_text(encoding="utf-8")
+    labels = re.findall(r"^  ((?:\w+ \| )*\w+)\)", script, re.MULTILINE)
+    parts = {part for label in labels for part in label.split(" | ")}
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    told = {
+        (page.name, part)
+        for page in pages
+        for part in re.findall(r"scripts/gpu (\w+)", page.read_text(encoding="utf-8"))
+    }
+    told |= {
+        (name, part)
+        for name, block in report.BLOCKS.items()
+        for part in re.findall(r"scripts/gpu (\w+)", block({}))
+    }
+    assert len(told) > 10
+    assert {part for _, part in told} <= parts, told
+
+
 def test_unknown_block_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a block among"):
         report.filled("<!-- nonsense -->\n<!-- /nonsense -->", {})

@@ -188,7 +188,10 @@ def _find_folder(
         return folder / subfolder
     try:
         snapshot = huggingface_hub.snapshot_download(
-            os.fspath(path), revision=revision, cache_dir=cache_dir, local_files_only=True
+            os.fspath(path),
+            revision=revision,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=True,
         )
     except (OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
