@@ -7,9 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "simulated_gpu/driver.hpp"
 #include "simulated_gpu/gpu.hpp"
 
 // CUDA's runtime as far as sida and its tests call it, on the simulated GPUs.
+using sida::simulated::Driver;
 using sida::simulated::Gpu;
 using sida::simulated::Memory;
 using sida::simulated::StreamId;
@@ -91,9 +93,12 @@ const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaSuccess ? "no error" : "an error of the simulated GPU";
 }
 
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = Driver::version, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = Gpu::devices, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = Driver::counting == cudaSuccess ? Gpu::devices : 0;
+  return result(Driver::counting);
+}
 cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= Gpu::devices) return result(cudaErrorInvalidDevice);
