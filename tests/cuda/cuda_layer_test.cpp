@@ -173,9 +173,10 @@ struct Given {
 TEST_CASE("Calls that wait for nothing do what those do that each wait for the one before",
           "[cuda][layer]") {
   if (!gpu_found()) return;
+  const auto dtype = GENERATE(DataType::f32, DataType::bf16);
   const Budget budget = GENERATE(Budget::experts(3), Budget::fraction(1));
   const auto streams = GENERATE(as<std::size_t>(), 1, 3);
-  const Model model(small_config(DataType::bf16));
+  const Model model(small_config(dtype));
   // The last needs more memory, of each kind, than what was enqueued before it.
   const Given givens[] = {{model, tokens, 1}, {model, tokens, 2}, {model, 1100, 3}};
   const auto given_to = [&](std::size_t pass) -> const Given& {

@@ -24,7 +24,6 @@ class Clock {
   void join(const Clock& other) {
     for (const auto& [stream, number] : other.done_) advance(stream, number);
   }
-  void forget(StreamId stream) { done_.erase(stream); }
 
  private:
   std::map<StreamId, std::uint64_t> done_;

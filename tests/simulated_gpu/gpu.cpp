@@ -84,7 +84,7 @@ void Gpu::synchronize(const Event& event) {
   const std::lock_guard lock(mutex_);
   if (!event.at) return;
   run_until([&] { return is_done(*event.at); });
-  know(event.before);
+  known_.join(event.before);
 }
 
 bool Gpu::is_passed(const Event& event) {
@@ -95,21 +95,24 @@ bool Gpu::is_passed(const Event& event) {
     step();  // who asks again and again sees it pass
     return false;
   }
-  know(event.before);
+  known_.join(event.before);
   return true;
 }
 
 void Gpu::synchronize(StreamId stream) {
   const std::lock_guard lock(mutex_);
   run_until([&] { return streams_.at(stream).waiting.empty(); });
-  know(streams_.at(stream).before);
+  known_.join(streams_.at(stream).before);
 }
 
 void Gpu::synchronize() {
   const std::lock_guard lock(mutex_);
   while (step()) {
   }
-  for (const auto& [id, stream] : streams_) know(stream.before);
+  // Nothing that comes can meet what was before.
+  accesses_ = {};
+  known_ = {};
+  for (auto& [id, stream] : streams_) stream.before = {};
 }
 
 bool Gpu::begin_capture(StreamId stream) {
@@ -241,8 +244,6 @@ void Gpu::run_until(IsEnough&& is_enough) {
       std::abort();
     }
 }
-
-void Gpu::know(const Clock& clock) { known_.join(clock); }
 
 void Gpu::drop_if_over(StreamId id) {
   const auto stream = streams_.find(id);

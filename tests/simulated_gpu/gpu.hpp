@@ -99,7 +99,6 @@ class Gpu {
   void run(std::map<StreamId, Stream>::iterator stream);
   template <class IsEnough>
   void run_until(IsEnough&& is_enough);
-  void know(const Clock& clock);
   void drop_if_over(StreamId stream);
   void forget_what_all_know();
   template <class T>

@@ -133,6 +133,11 @@ void plan_rows(const LayerShape& shape, const Routed& routed, const Plan& plan) 
   *plan.active_count = active;
 }
 
+/// Notes that an operation reads a plan that others see.
+void read_plan(const LayerShape& shape, const Plan& plan, const Memory& memory) {
+  memory.read(reinterpret_cast<const std::byte*>(plan.active), plan_bytes(shape));
+}
+
 /// Intermediate activations and results in f32, all rows of both.
 struct Workspace {
   Workspace(const LayerShape& shape, const std::byte* memory)
@@ -188,9 +193,7 @@ class Product {
  private:
   template <class F>
   void for_experts(const Memory& memory, F&& f) const {
-    const std::int32_t count = *memory.read(plan_.active_count, 1);
-    memory.read(plan_.active, size(count));
-    memory.read(plan_.order, assignments_of(shape_));
+    const std::int32_t count = *plan_.active_count;
     if (slabs_.slot_of) memory.read(slabs_.slot_of, size(shape_.experts));
     for (std::int32_t i = 0; i < count; ++i) {
       const ActiveExpert& expert = plan_.active[i];
@@ -227,11 +230,10 @@ class Product {
 void sum_choices(const LayerShape& shape, const Plan& plan, const float* weights,
                  const float* results, void* out, const Memory& memory) {
   const std::int64_t width = shape.hidden;
-  const std::int32_t* const row_of = memory.read(plan.row_of, assignments_of(shape));
+  const std::int32_t* const row_of = plan.row_of;
   const auto rows = std::count_if(row_of, row_of + assignments_of(shape),
                                   [](std::int32_t row) { return row >= 0; });
   memory.read(results, size(rows * width));
-  memory.read(weights, assignments_of(shape));
   auto* const to = memory.write(static_cast<std::byte*>(out),
                                 size(shape.tokens * width) * bytes_of(shape.dtype));
   for (std::int64_t token = 0; token < shape.tokens; ++token)
@@ -243,7 +245,7 @@ void sum_choices(const LayerShape& shape, const Plan& plan, const float* weights
     }
 }
 
-/// A plan in memory of an operation's own.
+/// A plan in memory of an operation's own, which is nobody else's to meet.
 class OwnPlan {
  public:
   OwnPlan(const LayerShape& shape, const Routed& routed)
@@ -302,10 +304,14 @@ void compute_experts(const LayerShape& shape, const Plan& plan, const void* hidd
   if (shape.tokens == 0) return;
   const Workspace workspace(shape, memory_of_call);
   const Product product(shape, plan, slabs, few);
-  launch("launch a product of expert weights", stream,
-         [=](const Memory& memory) { product.up(memory, hidden, workspace.up); });
-  launch("launch a product of expert weights", stream,
-         [=](const Memory& memory) { product.down(memory, workspace.up, workspace.down); });
+  launch("launch a product of expert weights", stream, [=](const Memory& memory) {
+    read_plan(shape, plan, memory);
+    product.up(memory, hidden, workspace.up);
+  });
+  launch("launch a product of expert weights", stream, [=](const Memory& memory) {
+    read_plan(shape, plan, memory);
+    product.down(memory, workspace.up, workspace.down);
+  });
 }
 
 void combine(const LayerShape& shape, const Plan& plan, const float* weights,
@@ -313,6 +319,8 @@ void combine(const LayerShape& shape, const Plan& plan, const float* weights,
   if (shape.tokens == 0) return;
   const Workspace workspace(shape, memory_of_call);
   launch("launch the sum over experts", stream, [=](const Memory& memory) {
+    read_plan(shape, plan, memory);
+    memory.read(weights, assignments_of(shape));
     sum_choices(shape, plan, weights, workspace.down, out, memory);
   });
 }
@@ -329,7 +337,6 @@ void compute_few(const LayerShape& shape, const GivenRouting& given, const Taken
                  std::byte* counters, void* out, Stream stream, const FewSlots& few) {
   const Workspace workspace(shape, memory_of_call);
   const TakenRouting told{nullptr, nullptr, taken.host_ids, taken.host_weights};
-  // A plan lies in the workspace of nobody: what a product reads of it is not noted.
   launch("launch a call of few rows", stream, [=](const Memory& memory) {
     const Routed routed = read_given(shape, given, memory);
     write_taken(shape, told, routed, memory);
