@@ -53,7 +53,7 @@ TEST_CASE("Available memory is what the system tells, and the rest of a containe
                       {"sys/fs/cgroup/memory.current", "5000\n"}}) == 0);
 }
 
-TEST_CASE("Where nobody tells, memory is not bounded; here somebody does") {
+TEST_CASE("Where nobody tells, memory is not bounded") {
   CHECK(available_in({}) == std::numeric_limits<std::size_t>::max());
   CHECK(available_memory() > 0);
   CHECK(available_memory() < std::numeric_limits<std::size_t>::max());
