@@ -40,7 +40,6 @@ std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
 std::size_t assignments_of(const LayerShape& shape) { return size(shape.tokens * shape.top_k); }
-std::size_t aligned(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 /// An array of a dtype, all of whose elements an operation reads.
 class Numbers {
@@ -260,29 +259,6 @@ class OwnPlan {
 };
 
 }  // namespace
-
-Plan plan_at(const LayerShape& shape, std::byte* memory) {
-  const std::size_t assignments = assignments_of(shape), experts = size(shape.experts);
-  const auto part = [&memory](std::size_t count) {
-    auto* begin = reinterpret_cast<std::int32_t*>(memory);
-    memory += aligned(count * sizeof(std::int32_t));
-    return begin;
-  };
-  Plan plan{};
-  plan.active = reinterpret_cast<ActiveExpert*>(part(4 * experts));
-  plan.active_count = part(1);
-  plan.invalid = part(1);
-  plan.counts = part(experts);
-  plan.order = part(assignments);
-  plan.row_of = part(assignments);
-  plan.group_rows = part(assignments);
-  return plan;
-}
-
-std::size_t plan_bytes(const LayerShape& shape) {
-  return aligned(16 * size(shape.experts)) + 2 * aligned(4) + aligned(4 * size(shape.experts)) +
-         3 * aligned(4 * assignments_of(shape));
-}
 
 std::size_t workspace_bytes(const LayerShape& shape) {
   return sizeof(float) * assignments_of(shape) * size(shape.hidden + shape.intermediate);

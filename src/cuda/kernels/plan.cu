@@ -4,6 +4,7 @@
 #include "expert_kernels.hpp"
 #include "few.cuh"
 #include "launch.cuh"
+#include "plan_memory.hpp"
 #include "splits.hpp"
 
 namespace sida::cuda {
@@ -11,8 +12,8 @@ namespace {
 
 constexpr int take_threads = 256;
 constexpr int plan_warps = 32;
-/// Assignments that one block plans alone, and that one of several takes.
-constexpr int one_block = 2048, chunk = plan_warps * 32;
+constexpr int chunk = plan_chunk;
+static_assert(chunk == plan_warps * 32);
 
 /// A thread takes one assignment.
 __global__ void __launch_bounds__(take_threads)
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(chunk) place_kernel(const std::int32_t* ids, c
 
 void launch_plan(const std::int32_t* ids, const float* weights, int assignments, int experts,
                  const Plan& plan, cudaStream_t stream) {
-  if (assignments <= one_block) {
+  if (assignments <= most_in_one_block) {
     const int threads = assignments <= 256 ? 256 : plan_warps * 32;
     plan_kernel<<<1, threads, 0, stream>>>(ids, weights, assignments, experts, plan);
   } else {
@@ -208,46 +209,7 @@ void launch_plan(const std::int32_t* ids, const float* weights, int assignments,
   }
 }
 
-std::size_t aligned(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
-
-int assignments_of(const LayerShape& shape) { return shape.tokens * shape.top_k; }
-
-std::size_t chunk_counts(const LayerShape& shape) {
-  const int assignments = assignments_of(shape);
-  if (assignments <= one_block) return 0;
-  return static_cast<std::size_t>(parts_of(assignments, chunk)) *
-         static_cast<std::size_t>(shape.experts + 1);
-}
-
 }  // namespace
-
-Plan plan_at(const LayerShape& shape, std::byte* memory) {
-  const auto assignments = static_cast<std::size_t>(assignments_of(shape));
-  const auto experts = static_cast<std::size_t>(shape.experts);
-  const auto part = [&memory](std::size_t count) {
-    auto* begin = reinterpret_cast<std::int32_t*>(memory);
-    memory += aligned(count * sizeof(std::int32_t));
-    return begin;
-  };
-  Plan plan{};
-  plan.active = reinterpret_cast<ActiveExpert*>(part(4 * experts));
-  plan.active_count = part(1);
-  plan.invalid = part(1);
-  plan.counts = part(experts);
-  plan.order = part(assignments);
-  plan.row_of = part(assignments);
-  plan.group_rows = part(assignments);
-  plan.taken_tiles = part(2);
-  plan.chunks = part(chunk_counts(shape));
-  return plan;
-}
-
-std::size_t plan_bytes(const LayerShape& shape) {
-  const auto assignments = static_cast<std::size_t>(assignments_of(shape));
-  const auto experts = static_cast<std::size_t>(shape.experts);
-  return aligned(16 * experts) + 2 * aligned(4) + aligned(4 * experts) +
-         3 * aligned(4 * assignments) + aligned(8) + aligned(4 * chunk_counts(shape));
-}
 
 void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRouting& taken,
                const Plan& plan, Stream stream) {
@@ -257,7 +219,7 @@ void make_plan(const LayerShape& shape, const GivenRouting& given, const TakenRo
   if (shape.experts < 1 || shape.experts > max_experts)
     throw std::invalid_argument("expert kernels: expected 1 to " + std::to_string(max_experts) +
                                 " experts, got " + std::to_string(shape.experts));
-  const int assignments = assignments_of(shape);
+  const int assignments = shape.tokens * shape.top_k;
   const bool is_plain = !given.wide_ids && given.weights_type == Dtype::f32 && !given.keep;
   if (assignments > 0 && !taken.ids && !is_plain)
     throw std::invalid_argument(
